@@ -1,0 +1,3 @@
+"""Trocar: keyhole surgery for pretrained transformers."""
+
+__version__ = "0.1.0"
