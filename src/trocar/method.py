@@ -108,7 +108,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method gives back. `log` holds settings found on the way (calibrated step size, open share, stop reason), shown in the report."""
+    """What a method gives back. `log` holds settings found on the way (calibrated step, open share, stop reason) for the report."""
 
     patch: Patch | None
     measurements: Sequence[Measurement]
