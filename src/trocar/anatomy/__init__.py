@@ -1,0 +1,54 @@
+"""What a model is made of: one table of families, components, slices of parameters, fingerprints. Floor 1.
+
+Names are imported when they are first used, so that component names and checkpoint fingerprints can be had without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trocar.anatomy.components import Attention, Block, Channel, Component, Head, Linear, Mlp, Neuron, parse
+    from trocar.anatomy.description import describe
+    from trocar.anatomy.families import FAMILIES, Family, TowerRow, register
+    from trocar.anatomy.fingerprints import (
+        FileTensor,
+        checkpoint_fingerprints,
+        dtype_name,
+        fingerprint,
+        structure_fingerprint,
+        tensor_fingerprint,
+        tensor_fingerprint_bytes,
+    )
+    from trocar.anatomy.linear import LinearView, Slice
+    from trocar.anatomy.resolve import Anatomy, Tower
+    from trocar.anatomy.tiny import TINY, tiny_inputs, tiny_model
+
+_HOMES = {
+    "components": ("Attention", "Block", "Channel", "Component", "Head", "Linear", "Mlp", "Neuron", "parse"),
+    "description": ("describe",),
+    "families": ("FAMILIES", "Family", "TowerRow", "register"),
+    "fingerprints": (
+        *("FileTensor", "checkpoint_fingerprints", "dtype_name", "fingerprint", "structure_fingerprint"),
+        *("tensor_fingerprint", "tensor_fingerprint_bytes"),
+    ),
+    "linear": ("LinearView", "Slice"),
+    "resolve": ("Anatomy", "Tower"),
+    "tiny": ("TINY", "tiny_inputs", "tiny_model"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [
+    "FAMILIES", "TINY", "Anatomy", "Attention", "Block", "Channel", "Component",
+    "Family", "FileTensor", "Head", "Linear", "LinearView", "Mlp", "Neuron",
+    "Slice", "Tower", "TowerRow", "checkpoint_fingerprints", "describe", "dtype_name", "fingerprint",
+    "parse", "register", "structure_fingerprint", "tensor_fingerprint", "tensor_fingerprint_bytes", "tiny_inputs", "tiny_model",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
