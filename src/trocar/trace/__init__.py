@@ -5,6 +5,7 @@ from trocar.trace.interventions import Add, Intervention, Replace, Scale, pack, 
 from trocar.trace.points import KINDS, Point, parse_point
 from trocar.trace.prefix import Prefix, capture_prefix
 from trocar.trace.record import Recording, record
+from trocar.trace.sweep import SweepReport, sweep
 
 __all__ = [
     "KINDS",
@@ -15,10 +16,12 @@ __all__ = [
     "Recording",
     "Replace",
     "Scale",
+    "SweepReport",
     "capture_prefix",
     "intervene",
     "pack",
     "parse_point",
     "record",
+    "sweep",
     "unpack",
 ]

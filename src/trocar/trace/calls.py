@@ -150,10 +150,7 @@ class Calls:
     def _find_ends(self) -> list[int] | None:
         if self.generating or self.mask is None or self.prompt is None or self.mask.shape[1] < self.prompt:
             return None
-        attended = self.mask[:, : self.prompt] != 0
-        if bool(attended[:, -1].all()):
-            return None
-        return (self.prompt - 1 - attended.flip(1).int().argmax(1)).tolist()
+        return row_ends(self.mask, self.prompt)
 
     def begin_generate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call of `generate` starts: its input is the prompt, however often the forward pass is run on it."""
@@ -165,6 +162,14 @@ class Calls:
 
     def end_generate(self) -> None:
         self.generating, self._ends_known, self.prompt = False, False, None
+
+
+def row_ends(mask: torch.Tensor, length: int) -> list[int] | None:
+    """Each row's last attended column, or None where it is the last column of every row (no padding, or padding on the left)."""
+    attended = mask[:, :length] != 0
+    if bool(attended[:, -1].all()):
+        return None
+    return (length - 1 - attended.flip(1).int().argmax(1)).tolist()
 
 
 @contextmanager

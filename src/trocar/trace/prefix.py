@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ class Prefix:
             inputs = {name: value[:, self.position :] if name in SEQUENCE else value for name, value in inputs.items()}
             inputs[cache_name(captured.anatomy.model)] = self._cache(index, hidden.shape[0])
             inputs["use_cache"] = True
+        elif "use_cache" in inputs:
+            inputs["use_cache"] = False
         with starting_at(captured.tower, self.layer, hidden, captured.tuples):
             return captured.anatomy.model(**inputs)
 
@@ -108,7 +110,7 @@ class Prefix:
         return cache
 
 
-def capture_prefix(model: Any, inputs: Mapping[str, Any], layer: int, tower: str | None = None) -> Prefix:
+def capture_prefix(model: Any, inputs: Mapping[str, Any], layer: int, tower: str | None = None, position: int = 0) -> Prefix:
     """Run `model` on `inputs` up to the input of block `layer`, without gradient, and keep what is needed to go on from there.
 
     model: a transformers model or its `Anatomy`; inputs: keyword arguments of its forward pass, tensors with rows first; tower: which one,
@@ -116,10 +118,39 @@ def capture_prefix(model: Any, inputs: Mapping[str, Any], layer: int, tower: str
     masks, norms and heads are the model's, for every family, and its output is what the model returns (without a cache). The model's mode
     is kept: in training mode the dropout below `layer` is drawn once.
 
+    position: a causal model's runs start at this column too, with the keys and values left of it from the capture. Only for changes at
+    columns from `position` on; the output has only those columns.
+
     Raises ComponentError for a layer that does not exist, and DataError for inputs that ask for what a shortened pass cannot give.
     """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
-    return Prefix(capture(anatomy, inputs, [layer], tower), layer)
+    if position and (reason := why_no_position(anatomy, anatomy.tower(tower), inputs)):
+        raise DataError(f"A prefix cannot start at position {position}: {reason}.", "Leave out position.")
+    prefix = Prefix(capture(anatomy, inputs, [layer], tower, cached=position > 0, to_end=position > 0), layer, position)
+    if not 0 <= position < prefix.captured.length:
+        raise DataError(f"There is no position {position}: the inputs have {prefix.captured.length} columns.")
+    return replace(prefix, captured=replace(prefix.captured, output=None))
+
+
+def why_no_position(anatomy: Any, tower: Tower, inputs: Mapping[str, Any]) -> str:
+    """Why passes cannot start in the middle of these inputs; empty if they can."""
+    accepts = inspect.signature(type(anatomy.model).forward).parameters
+    if not tower.causal or not any(name in accepts for name in CACHES):
+        return f"{type(anatomy.model).__name__} has no cache of keys and values"
+    given = [name for name, value in inputs.items() if value is not None]
+    odd = [name for name in given if name not in (*SEQUENCE, *CACHES, "attention_mask", "use_cache", "logits_to_keep", "return_dict")]
+    if odd:
+        return f"the input '{odd[0]}' is not known to have one entry per position"
+    if anatomy.model.base_model is not anatomy.model and anatomy.model.get_output_embeddings() is None:
+        return f"the output of {type(anatomy.model).__name__} is not one vector per position"
+    if inputs.get("return_dict") is False or not getattr(anatomy.model.config, "return_dict", True):
+        return "its output is a plain tuple"
+    if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
+        return "logits_to_keep names single positions"
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim != 2:
+        return f"an attention mask of {mask.ndim} dimensions cannot be cut"
+    return ""
 
 
 def capture(
