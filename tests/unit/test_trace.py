@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -429,6 +431,18 @@ def test_labels_are_no_reason_for_wrong_scores(model, inputs):
     assert "labels" in reports[0].reasons[0]
 
 
+def test_the_guide_runs_as_it_stands():
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "trace.md").read_text()
+    space = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, space)
+    assert space["effects"].shape == (12, 2)
+    assert space["effects"].abs().min() > 0
+    assert space["attribution"].shape == (2, 6, 4)
+    assert space["tokens"].shape == (2, 10)
+    assert space["logits"].shape[:2] == (3, 6)
+
+
 SPLIT = """
 import sys, torch
 torch.set_num_threads(1)
@@ -446,12 +460,13 @@ assert reports[0].processes == int(sys.argv[2]), reports
 """
 
 
-def test_two_processes_give_the_scores_of_one(tmp_path):
+def test_two_processes_give_the_scores_of_one(tmp_path, monkeypatch):
     script, out = tmp_path / "split.py", tmp_path / "scores"
     script.write_text(SPLIT)
     source = str(Path(__file__).parents[2] / "src")
     env = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script), f"{out}.one", "1"], check=True, env=env, timeout=100)
+    monkeypatch.setattr(sys, "argv", [str(script), f"{out}.one", "1"])
+    runpy.run_path(str(script))
     # without --multi_gpu, accelerate starts several processes on CPUs through MPI only
     settings = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
     launch = [sys.executable, "-m", "accelerate.commands.launch", *settings.split()]
@@ -461,3 +476,29 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
     for rank in (0, 1):
         for mine, theirs in zip(one, torch.load(f"{out}.{rank}", weights_only=True), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_and_adapters_are_no_obstacle(dtype):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model("llama").to(dtype)
+    inputs = tiny_inputs(base, rows=3, length=6)
+    wrapped = get_peft_model(
+        base, LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False), autocast_adapter_dtype=False
+    )
+    wrapped.eval()
+    value = torch.randn(16, dtype=dtype)
+    with record(wrapped, "L1.heads") as rec, torch.no_grad():
+        before = wrapped(**inputs).logits
+        kept = rec["L1.heads"]
+        with intervene(wrapped, Replace("L1.H2", value, positions="last")):
+            changed = wrapped(**inputs).logits
+            tokens = wrapped.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    assert kept.dtype == dtype
+    assert tokens.shape == (3, 9)
+    assert torch.equal(changed[:, :-1], before[:, :-1])
+    assert not torch.equal(changed[:, -1], before[:, -1])
+    prefix = capture_prefix(wrapped, inputs, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(prefix.run().logits, before)

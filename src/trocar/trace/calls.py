@@ -214,14 +214,18 @@ def override(module: torch.nn.Module, name: str, value: Any) -> Any:
 
 
 def ancestors(anatomy: Anatomy, tower: Tower) -> list[torch.nn.Module]:
-    """The modules that hold the tower's blocks and no other tower's."""
+    """The modules that hold the tower's blocks and no other tower's, outermost first."""
+    known: dict[str, list[torch.nn.Module]] = anatomy.__dict__.setdefault("_ancestors", {})
+    if tower.name not in known:
+        shared = {name for other in anatomy.towers.values() if other.name != tower.name for name in holders(other)}
+        known[tower.name] = [anatomy.model.get_submodule(name) for name in holders(tower) if name not in shared]
+    return known[tower.name]
 
-    def chain(other: Tower) -> list[str]:
-        parts = other.path(0, "block").split(".")
-        return [".".join(parts[:n]) for n in range(len(parts))]
 
-    shared = {name for other in anatomy.towers.values() if other.name != tower.name for name in chain(other)}
-    return [anatomy.model.get_submodule(name) for name in chain(tower) if name not in shared]
+def holders(tower: Tower) -> list[str]:
+    """Names of the modules that hold the tower's blocks, outermost (the model, "") first."""
+    parts = tower.path(0, "block").split(".")
+    return [".".join(parts[:n]) for n in range(len(parts))]
 
 
 @functools.lru_cache(maxsize=256)

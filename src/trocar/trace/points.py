@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class Point:
         return f"{self.tower + '.' if self.tower else ''}L{self.layer}.{self.kind}"
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_point(text: str | Point) -> Point:
     """Read `L5.heads` or `vision.L2.resid_post`. Raises ComponentError."""
     if isinstance(text, Point):
@@ -104,7 +106,7 @@ def check_point(anatomy: Anatomy, point: Point) -> Point:
     tower = anatomy.tower(point.tower or None)
     if point.layer >= tower.n_layers:
         raise ComponentError(f"{point} does not exist: the model has layers 0 to {tower.n_layers - 1}.", "Choose a layer in that range.")
-    return Point(point.kind, point.layer, tower.name)
+    return point if point.tower == tower.name else Point(point.kind, point.layer, tower.name)
 
 
 def features(tower: Tower, point: Point, flat: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.core.errors import ComponentError, DataError, InterventionError
-from trocar.trace.calls import ancestors
+from trocar.trace.calls import ancestors, holders
 from trocar.trace.shortcut import Stop, hidden_argument, starting_at
 
 SEQUENCE = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")  # inputs with one entry per position
@@ -259,8 +259,7 @@ def _modules_called(anatomy: Anatomy, tower: Tower) -> Iterator[list[torch.nn.Mo
     temperature) act above the blocks."""
     others = [other for other in anatomy.towers.values() if other.name != tower.name and independent(anatomy)]
     foreign = {module for other in others for module in ancestors(anatomy, other)[0].modules()}
-    parts = tower.path(0, "block").split(".")
-    foreign |= {anatomy.model.get_submodule(".".join(parts[:n])) for n in range(len(parts))}
+    foreign |= {anatomy.model.get_submodule(name) for name in holders(tower)}
     seen: list[torch.nn.Module] = []
 
     def note(module: torch.nn.Module, args: Any) -> None:

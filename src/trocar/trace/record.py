@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.core.errors import InterventionError, nearest
-from trocar.trace.calls import Calls, Frame, Positions, following, normal_positions
-from trocar.trace.points import ATTACHED, Point, Site, check_point, features, parse_point
+from trocar.trace.calls import Frame, Positions, following, normal_positions
+from trocar.trace.points import ATTACHED, Point, check_point, features, parse_point
 from trocar.trace.shortcut import hidden_argument, skipped
+
+MAYBE_FLAT = ("neurons", "mlp_out")  # OPT flattens rows and positions into one dimension there
 
 
 class Recording:
     """What was recorded. `rec["L5.heads"]` is the last forward pass's tensor, `steps` has every pass's (cached generation: one per step).
 
-    Shapes are those of `Point`; with `positions`, the length is the number of positions that the pass computed.
+    Shapes are those of `Point`; with `positions`, the length is the number of positions that the pass computed. It is the context manager
+    that `record` returns; a class and not a generator, because opening it must cost little beside a short forward pass.
     """
 
-    def __init__(self, tracks: dict[Point, _Track]) -> None:
-        self._tracks = tracks
+    def __init__(self, anatomy: Anatomy, points: Sequence[Point], positions: Any, grad: bool) -> None:
+        self._anatomy = anatomy
+        self._tracks = {point: _Track(point, anatomy.tower(point.tower), positions, grad) for point in points}
+        self._stack: ExitStack | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recording:
+        try:
+            followed = [track for track in self._tracks.values() if track.positions is not None or track.point.kind in MAYBE_FLAT]
+            if followed:
+                self._stack = ExitStack()
+                towers = {track.tower.name: track.tower for track in followed}
+                calls = self._stack.enter_context(following(self._anatomy, list(towers.values())))
+                for track in followed:
+                    track.calls = calls[track.tower.name]
+            for track in self._tracks.values():
+                self._handles.append(track.attach())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -63,13 +92,12 @@ class Recording:
         raise InterventionError(f"{wanted} is not recorded.", nearest(str(wanted), map(str, self._tracks)))
 
 
-@contextmanager
 def record(
     model: Any,
     points: Point | str | Sequence[Point | str],
     positions: Positions = None,
     grad: bool = False,
-) -> Iterator[Recording]:
+) -> Recording:
     """Record the activations at `points` on every forward pass inside the context.
 
     model: a transformers model or its `Anatomy`. positions: as in `Intervention`; None records all. A recorded tensor is the model's own,
@@ -84,15 +112,7 @@ def record(
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
     asked = [points] if isinstance(points, Point | str) else points
     checked = list(dict.fromkeys(check_point(anatomy, parse_point(point)) for point in asked))
-    towers = [anatomy.tower(name) for name in dict.fromkeys(point.tower for point in checked)]
-    wanted = normal_positions(positions)
-    with ExitStack() as stack:
-        calls = stack.enter_context(following(anatomy, towers))
-        tracks = {}
-        for point in checked:
-            tracks[point] = _Track(point, anatomy.tower(point.tower), calls[point.tower], wanted, grad)
-            stack.callback(tracks[point].attach(anatomy).remove)
-        yield Recording(tracks)
+    return Recording(anatomy, checked, normal_positions(positions), grad)
 
 
 class _Kept:
@@ -106,13 +126,15 @@ class _Kept:
 class _Track:
     """One recorded point."""
 
-    def __init__(self, point: Point, tower: Tower, calls: Calls, positions: Any, grad: bool) -> None:
-        self.point, self.tower, self.calls, self.positions, self.grad = point, tower, calls, positions, grad
+    def __init__(self, point: Point, tower: Tower, positions: Any, grad: bool) -> None:
+        self.point, self.tower, self.positions, self.grad = point, tower, positions, grad
+        self.calls: Any = None  # a `Calls` while the context is open and something has to be known about each pass
         self.kept: list[_Kept] = []
 
-    def attach(self, anatomy: Anatomy) -> Any:
-        module = Site(self.point).module(anatomy)
-        if ATTACHED[self.point.kind][1] == "in":
+    def attach(self) -> Any:
+        role, side = ATTACHED[self.point.kind]
+        module = self.tower.module(self.point.layer, role)
+        if side == "in":
             return module.register_forward_pre_hook(self._on_input, with_kwargs=True)
         return module.register_forward_hook(self._on_output)
 

@@ -152,7 +152,9 @@ class _Engine:
 
     def run(self) -> torch.Tensor:
         result = torch.zeros(len(self.sets), self.rows, dtype=torch.float32)
-        chunks = torch.arange(self.rows).split(min(self.batch_size, self.rows))
+        # few rows at a time, if the sets alone fill a pass: they start as late as each row allows, and one row's keys need no copying
+        size = max(1, self.batch_size // max(1, len(self.sets)))
+        chunks = torch.arange(self.rows).split(size)
         by_chunk = len(chunks) >= self.world > 1  # whole chunks per process, so that no chunk's first run is made twice
         for number, rows in enumerate(track(list(chunks), "sweep")):
             if not by_chunk or number % self.world == self.rank:
