@@ -227,9 +227,8 @@ def main() -> None:
     settings = {"quick": options.quick, "rounds": rounds, "peers": versions, "plain_pass_s": passes, "sweep_share": report.share}
     write_result(options.out, "trace", [0], settings, timings=timings)
     for row in timings:
-        print(
-            f"{row['task']}: {row['ours_s'] * 1e6:.0f} us; {row['peer']} {row['peer_s'] * 1e6:.0f} us; ratio {row['ratio'] and round(row['ratio'], 2)}"
-        )
+        ratio = "not resolved" if row["ratio"] is None else f"ratio {row['ratio']:.2f}"
+        print(f"{row['task']}: {row['ours_s'] * 1e6:.0f} us; {row['peer']} {row['peer_s'] * 1e6:.0f} us; {ratio}")
 
 
 if __name__ == "__main__":
