@@ -144,3 +144,32 @@ def test_a_prefix_may_start_in_the_middle_and_lets_gradients_through(name):
     torch.testing.assert_close(found, expected[[2, 1, 0], 4:], atol=1e-5, rtol=1e-5)
     (gradient,) = torch.autograd.grad(found.square().sum(), value)
     torch.testing.assert_close(gradient, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma3-270m"])
+def test_reuse_is_exact_on_real_models(name):
+    import os
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(os.environ.get("TROCAR_MODELS", "~/.cache/trocar/models")).expanduser() / name
+    if not folder.exists():
+        pytest.skip(f"{name} is not there")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    inputs = dict(tokenizer(["The capital of Austria, where Mozart was born, is", "Two and two are"], return_tensors="pt", padding=True))
+    inputs.pop("token_type_ids", None)
+    last = Anatomy.of(model).tower().n_layers - 1
+    items = [Scale("L5.H1", 0.0, "last"), Scale(f"L{last}.mlp", 0.0, "last"), Scale("L3.H2", 2.0, positions=[-3]), Scale("L1.attn", 0.0)]
+
+    def metric(output, rows):
+        return output.logits[:, -1].log_softmax(-1)[:, 260]
+
+    reports = []
+    scores = sweep(model, inputs, [[], *items], metric, read="last", tell=reports.append)
+    plainly = sweep(model, inputs, [[], *items], metric, reuse=False)
+    torch.testing.assert_close(scores, plainly, atol=1e-5, rtol=1e-5)
+    assert reports[0].position_reuse
+    assert (scores[1:] != scores[0]).all()
