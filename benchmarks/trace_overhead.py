@@ -1,0 +1,235 @@
+"""What reading and intervening cost: against the bare model, nnsight and TransformerLens, and a sweep against one pass per head.
+
+Needs an environment with both peers (they pin more than Trocar does):
+
+    python -m venv peers && peers/bin/pip install torch==2.13.0 nnsight==0.8.1 transformer-lens==4.3.0 peft pydantic safetensors
+    PYTHONPATH=src OMP_NUM_THREADS=1 peers/bin/python benchmarks/trace_overhead.py --quick
+
+A peer that is not installed is left out, and said so in the result. All models are GPT-2 shaped with random weights and eager attention
+(TransformerLens asks for it): `small` has 12 blocks of width 768, `tiny` 12 of width 32, where a pass is so short that overheads show.
+"trocar" opens a context for every pass, as the peers do; "kept open" opens one for all passes. Every way of recording is checked to
+give the same tensor before it is timed. The ways take turns within a round; reported is the median over rounds of (pass with recording -
+that tool's own pass without), with the 95 % interval of the median from the order statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.metadata
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import arguments, paired_seconds, seconds_of, write_result
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from trocar.anatomy import Anatomy, Head
+from trocar.trace import Scale, SweepReport, intervene, record, sweep
+
+POINT = "L5.resid_post"
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"n_embd": 32, "n_head": 4, "vocab_size": 64},
+    "small": {"n_embd": 768, "n_head": 12, "vocab_size": 50257},
+}
+
+
+def build(shape: str) -> Any:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"n_layer": 12, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
+    return GPT2LMHeadModel(GPT2Config(**settings, **SHAPES[shape])).eval()
+
+
+def hooks(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in model.modules())
+
+
+def recorders(model: Any, ids: torch.Tensor) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """name -> (that tool's pass that records POINT and returns it, its pass without recording)."""
+    anatomy = Anatomy.of(model)
+
+    def plain() -> Any:
+        return model(input_ids=ids).logits
+
+    def ours() -> torch.Tensor:
+        with record(anatomy, POINT) as rec:
+            model(input_ids=ids)
+        return rec[POINT]
+
+    held, hooked = copy.deepcopy(model), copy.deepcopy(model)
+    opened = record(held, POINT).__enter__()
+    latest: list[torch.Tensor] = []
+    hooked.transformer.h[5].register_forward_hook(lambda module, args, output: latest.append(output.detach()))
+
+    def in_open_context() -> torch.Tensor:
+        held(input_ids=ids)
+        return opened[POINT]
+
+    def with_standing_hook() -> torch.Tensor:
+        hooked(input_ids=ids)
+        return latest[-1]
+
+    def hook() -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        handle = model.transformer.h[5].register_forward_hook(lambda module, args, output: kept.append(output.detach()))
+        model(input_ids=ids)
+        handle.remove()
+        return kept[0]
+
+    found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "trocar": (ours, plain),
+        "a bare PyTorch hook": (hook, plain),
+        "trocar, kept open": (in_open_context, plain),
+        "a bare PyTorch hook, kept open": (with_standing_hook, plain),
+    }
+    if importlib.util.find_spec("nnsight"):
+        from nnsight import NNsight  # type: ignore[import-not-found]
+
+        watched: Any = NNsight(model)
+
+        def with_nnsight() -> torch.Tensor:
+            with watched.trace(input_ids=ids):
+                kept = watched.transformer.h[5].output.save()
+            return kept
+
+        found["nnsight"] = (with_nnsight, plain)
+    if importlib.util.find_spec("transformer_lens"):
+        from tokenizers import Tokenizer, models
+        from transformer_lens.model_bridge import TransformerBridge  # type: ignore[import-not-found]
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {f"t{number}": number for number in range(model.config.vocab_size)}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), eos_token="t0")
+        bridge: Any = TransformerBridge.boot_transformers("gpt2", hf_model=copy.deepcopy(model), tokenizer=tokenizer, device="cpu").eval()
+
+        def with_lens() -> torch.Tensor:
+            _, cache = bridge.run_with_cache(ids, names_filter="blocks.5.hook_resid_post")
+            return cache["blocks.5.hook_resid_post"]
+
+        found["TransformerLens"] = (with_lens, lambda: bridge(ids))
+    return found
+
+
+def time_recorders(shape: str, rounds: int) -> dict[str, dict[str, float]]:
+    model = build(shape)
+    ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, 16), generator=torch.Generator().manual_seed(1))
+    ways = recorders(model, ids)
+    expected = ways["a bare PyTorch hook"][0]()
+    for name, (recording, plain) in ways.items():
+        torch.testing.assert_close(recording(), expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(plain(), model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    extra: dict[str, list[float]] = {name: [] for name in ways}
+    passes: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for number in range(rounds + 3):
+        for place in range(len(names)):
+            name = names[(number + place) % len(names)]
+            recording, plain = ways[name]
+            pair = (recording, plain) if number % 2 else (plain, recording)
+            seconds = [seconds_of(work) for work in pair]
+            with_, without = seconds if number % 2 else seconds[::-1]
+            if number >= 3:  # the first rounds warm up
+                extra[name].append(with_ - without)
+                passes[name].append(without)
+    return {name: {**median_interval(extra[name]), "plain_pass_s": statistics.median(passes[name])} for name in names}
+
+
+def compared(task: str, mine: dict[str, float], peer: str, row: dict[str, float]) -> dict[str, Any]:
+    """A row of the result. Where noise hides either time (its interval reaches below zero) there is no ratio."""
+    resolved = mine["low_s"] > 0 and row["low_s"] > 0
+    intervals = {"ours_interval_s": [mine["low_s"], mine["high_s"]], "peer_interval_s": [row["low_s"], row["high_s"]]}
+    ratio = row["median_s"] / mine["median_s"] if resolved else None
+    return {"task": task, "ours_s": mine["median_s"], "peer": peer, "peer_s": row["median_s"], "ratio": ratio, **intervals}
+
+
+def median_interval(values: list[float]) -> dict[str, float]:
+    """Median with the 95 % interval from order statistics (binomial, normal approximation)."""
+    ordered, n = sorted(values), len(values)
+    half = 0.98 * n**0.5
+    low, high = max(0, int(n / 2 - half)), min(n - 1, int(n / 2 + half) + 1)
+    return {"median_s": statistics.median(ordered), "low_s": ordered[low], "high_s": ordered[high]}
+
+
+def time_untouched(rounds: int) -> dict[str, Any]:
+    """A pass of a model that Trocar has worked on, against one that it never saw."""
+    fresh, used = build("tiny"), build("tiny")
+    ids = torch.arange(16)[None]
+    for _ in range(3):
+        with record(used, [POINT, "L2.heads"]), intervene(used, [Scale("L3.H1", 0.0), Scale("L7", 0.5)]):
+            used(input_ids=ids)
+        sweep(used, {"input_ids": ids}, [Scale("L3.H1", 0.0)], lambda output, rows: output.logits[:, -1, 0])
+    assert hooks(used) == 0
+    assert torch.equal(fresh(input_ids=ids).logits, used(input_ids=ids).logits)
+    return paired_seconds(lambda: used(input_ids=ids), lambda: fresh(input_ids=ids), rounds)
+
+
+def time_sweep(length: int, prompts: int, repeats: int) -> tuple[dict[str, Any], SweepReport]:
+    """The effect of every head at the last token, in one sweep and with one pass per head and prompt."""
+    model = build("small")
+    ids = torch.randint(0, 50257, (prompts, length), generator=torch.Generator().manual_seed(2))
+    anatomy = Anatomy.of(model)
+    items = [Scale(head, 0.0, "last") for head in anatomy.components(Head)]
+    reports: list[SweepReport] = []
+
+    def metric(output: Any, rows: torch.Tensor) -> torch.Tensor:
+        return output.logits[:, -1].log_softmax(-1)[:, 7]
+
+    def ours() -> torch.Tensor:
+        return sweep(anatomy, {"input_ids": ids}, items, metric, batch_size=48, read="last", tell=reports.append)
+
+    def one_by_one() -> torch.Tensor:
+        scores = torch.empty(len(items), prompts)
+        for number, item in enumerate(items):
+            for row in range(prompts):
+                with intervene(anatomy, item):
+                    output = model(input_ids=ids[row : row + 1], logits_to_keep=1, use_cache=False)
+                scores[number, row] = metric(output, torch.tensor([row]))[0]
+        return scores
+
+    torch.testing.assert_close(ours(), one_by_one(), atol=1e-5, rtol=1e-5)
+    return paired_seconds(ours, one_by_one, repeats), reports[0]
+
+
+def main() -> None:
+    options = arguments("trace", "What reading and intervening cost.")
+    rounds = {"tiny": 300 if options.quick else 1000, "small": 40 if options.quick else 200}
+    length, prompts, repeats = (48, 2, 2) if options.quick else (128, 4, 5)
+    timings: list[dict[str, Any]] = []
+    with torch.no_grad():
+        timings.append(
+            {"task": "one pass, no intervention active (tiny)", "peer": "a model that Trocar never touched", **time_untouched(200)}
+        )
+        passes = {}
+        for shape in SHAPES:
+            gc.collect()
+            measured = time_recorders(shape, rounds[shape])
+            passes[shape] = {name: row["plain_pass_s"] for name, row in measured.items()}
+            for peer, row in measured.items():
+                ours = "trocar, kept open" if peer.endswith("kept open") else "trocar"
+                if peer != ours:
+                    timings.append(compared(f"record {POINT}, time beyond the pass ({shape}; {ours})", measured[ours], peer, row))
+        heads, report = time_sweep(length, prompts, repeats)
+        timings.append(
+            {
+                "task": f"effect of 144 heads at the last of {length} tokens, {prompts} prompts",
+                "peer": "one pass per head and prompt",
+                **heads,
+            }
+        )
+    versions = {}
+    for peer in ("nnsight", "transformer-lens"):
+        try:
+            versions[peer] = importlib.metadata.version(peer)
+        except importlib.metadata.PackageNotFoundError:
+            versions[peer] = "not installed, left out"
+    settings = {"quick": options.quick, "rounds": rounds, "peers": versions, "plain_pass_s": passes, "sweep_share": report.share}
+    write_result(options.out, "trace", [0], settings, timings=timings)
+    for row in timings:
+        ratio = "not resolved" if row["ratio"] is None else f"ratio {row['ratio']:.2f}"
+        print(f"{row['task']}: {row['ours_s'] * 1e6:.0f} us; {row['peer']} {row['peer_s'] * 1e6:.0f} us; {ratio}")
+
+
+if __name__ == "__main__":
+    main()
