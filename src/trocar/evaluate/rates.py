@@ -29,10 +29,6 @@ def predictions(logits: Any) -> np.ndarray:
     return logits.argmax(1)
 
 
-def _states(states: tuple[str, str]) -> dict[str, str]:
-    return {"state_before": states[0], "state_after": states[1]}
-
-
 def accuracy(
     before: Any,
     after: Any,
@@ -47,7 +43,17 @@ def accuracy(
     if any(len(side) != len(truth) for side in pair):
         raise MetricError(f"'{name}': {len(truth)} labels for {len(pair[0])} and {len(pair[1])} predictions.", "Pair them unit by unit.")
     right = [(side == truth).astype(float) for side in pair]
-    return Measurement(name, unit, right[0], right[1], "predicted class is the label", **_states(states), groups=groups, form="share")
+    return Measurement(
+        name,
+        unit,
+        right[0],
+        right[1],
+        "predicted class is the label",
+        state_before=states[0],
+        state_after=states[1],
+        groups=groups,
+        form="share",
+    )
 
 
 def success(
@@ -70,7 +76,18 @@ def locality(before: Any, after: Any, states: States, name: str = "locality", gr
         raise MetricError(f"'{name}': {len(pair[0])} predictions before and {len(pair[1])} after.", "Pair them unit by unit.")
     same = (pair[0] == pair[1]).astype(float)
     scorer = "predicted class equals the one before"
-    return Measurement(name, unit, np.ones(len(same)), same, scorer, **_states(states), better="higher", groups=groups, form="share")
+    return Measurement(
+        name,
+        unit,
+        np.ones(len(same)),
+        same,
+        scorer,
+        state_before=states[0],
+        state_after=states[1],
+        better="higher",
+        groups=groups,
+        form="share",
+    )
 
 
 def generalisation_rate(right: Any, edited: Sequence[int]) -> float:
@@ -95,12 +112,32 @@ def generalisation(
     were edited. An edit in a group of one has no rate: it is NaN, left out of averages, and counted."""
     rates = [[generalisation_rate(right, rows) for right, rows in zip(side, edited, strict=True)] for side in (before, after)]
     scorer = "share of the group's other members predicted right"
-    return Measurement(name, "edit", np.array(rates[0]), np.array(rates[1]), scorer, **_states(states), groups=groups, form="share")
+    return Measurement(
+        name,
+        "edit",
+        np.array(rates[0]),
+        np.array(rates[1]),
+        scorer,
+        state_before=states[0],
+        state_after=states[1],
+        groups=groups,
+        form="share",
+    )
 
 
 def cost(name: str, unit: str, before: float, after: float, states: States, scorer: str = "counted") -> Measurement:
     """A quantity that is counted and not sampled (parameters, bytes): one unit, no interval."""
-    return Measurement(name, unit, np.array([before]), np.array([after]), scorer, **_states(states), better="lower", form="number")
+    return Measurement(
+        name,
+        unit,
+        np.array([before]),
+        np.array([after]),
+        scorer,
+        state_before=states[0],
+        state_after=states[1],
+        better="lower",
+        form="number",
+    )
 
 
 def _labels(labels: Any) -> np.ndarray:
