@@ -58,14 +58,15 @@ def make(folder: Path, locality: float = 0.975, checks: bool = True, pictures: n
     members = generator.integers(1, 24, 82)
     rate = np.where(members > 1, np.clip(generator.normal(0.71, 0.2, 82), 0, 1), np.nan)
     right = (generator.random(200) < 0.655).astype(float)
+    still = np.where(generator.random(200) < 0.04, 1 - right, right)
     measurements = [
         Measurement("success", "edit", np.zeros(82), np.ones(82), "predicted class is the label", *states, form="share"),
         Measurement(
-            "generalisation", "edit", np.where(members > 1, 0.0, np.nan), rate, "share of the group's other members predicted right", *states,
+            "generalisation", "edit", np.where(members > 1, 0.0, np.nan), rate, "share of the others right", *states,
             groups=[f"group {row // 2}" for row in range(82)], form="share",
         ),
         Measurement("locality.random", "image", np.ones(200), kept, "predicted class equals the one before", *states),
-        Measurement("accuracy", "image", right, np.where(generator.random(200) < 0.04, 1 - right, right), "predicted class is the label", *states),
+        Measurement("accuracy", "image", right, still, "predicted class is the label", *states),
         Measurement("kl", "image", np.zeros(200), generator.gamma(0.3, 0.05, 200), "KL(base || after), nats", *states, better="lower"),
         cost("parameters", "model", 1_221_130, 1_221_130, states),
     ]  # fmt: skip
@@ -104,10 +105,11 @@ def make(folder: Path, locality: float = 0.975, checks: bool = True, pictures: n
     overlap = [
         {"edit": f"e{a}", "other edit": f"e{b}", "iou": round(float(np.exp(-abs(a - b) / 2)), 3)} for a in range(6) for b in range(6)
     ]
-    figures = []
-    for id_, title, kind, rows, columns, caption in (
-        ("front", "Generalisation and locality", "points", points, {"x": "locality", "y": "generalisation", "series": "method"}, "Each point is one keep fraction; up and right is better."),
-        ("keep", "How many pieces to open", "curve", curve, {"x": "keep", "y": "generalisation", "series": "method"}, "Bands are 95 % intervals over failure groups."),
+    figures: list[FigureInfo] = []
+    columns = {"y": "generalisation", "series": "method"}
+    for id_, title, kind, rows, axes, caption in (
+        ("front", "Generalisation and locality", "points", points, {"x": "locality", **columns}, "Up and right is better."),
+        ("keep", "How many pieces to open", "curve", curve, {"x": "keep", **columns}, "Bands are 95 % intervals over groups."),
         ("groups", "Failure groups", "bars", bars, {"x": "group", "y": "generalisation"}, "Whiskers are 95 % intervals."),
         ("loss", "Loss of the edit", "bars", steps, {"x": "step", "y": "loss", "series": "side"}, ""),
         ("overlap", "Overlap of masks", "heatmap", overlap, {"x": "edit", "y": "other edit", "value": "iou"}, "Intersection over union."),
@@ -116,7 +118,7 @@ def make(folder: Path, locality: float = 0.975, checks: bool = True, pictures: n
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        figures.append(FigureInfo(id=id_, title=title, kind=kind, caption=caption, csv=f"figures/{id_}.csv", **columns))
+        figures.append(FigureInfo(id=id_, title=title, kind=kind, caption=caption, csv=f"figures/{id_}.csv", **axes))
 
     if pictures is None:
         pictures = generator.integers(0, 255, (10, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
@@ -133,14 +135,15 @@ def make(folder: Path, locality: float = 0.975, checks: bool = True, pictures: n
     (folder / "patch.safetensors").write_bytes(b"\0" * 191_488)
     ops = [
         {
-            "op": "sparse replace",
-            "where": f"vit.encoder.layer.{layer}.{name}",
-            "entries": int(generator.integers(2000, 14000)),
-            "share": 0.05,
+            "op": "sparse_replace",
+            "where": f"vit.layers.{layer}.{name}",
+            "shape": shape,
+            "changed": 128 * rows,
+            "norm": 0.1 * layer,
             "bytes": 31_914,
         }
-        for layer in (3, 4, 5)
-        for name in ("intermediate.dense.weight", "output.dense.weight")
+        for layer, rows in ((3, 93), (4, 18), (5, 5))
+        for name, shape in (("fc1.weight", "512 x 128"), ("fc2.weight", "128 x 512"))
     ]
     result = Result(
         title="Tulips taken for insects",

@@ -1,6 +1,7 @@
 """Figures as inline SVG with hover text, in the page's own colours, the same bytes for the same data. Floor 6.
 
-matplotlib draws with marker colours that no figure uses otherwise; they become CSS variables, so that one drawing serves light, dark and print.
+matplotlib draws with marker colours that no figure uses otherwise; they become CSS variables, so that one drawing serves light, dark
+and print.
 To add a kind of figure: a function here, its name in KINDS and in `trocar.result.FigureInfo`.
 """
 
@@ -10,7 +11,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -27,17 +28,20 @@ COLOURS = {
     "#010205": "var(--surface)",
     "#010206": "var(--heat)",
     "#010207": "var(--cold)",
+    "#010208": "var(--ink)",
     **{f"#0a0b{number:02x}": f"var(--s{number})" for number in range(1, SERIES + 1)},
 }
-INK, LINE, SURFACE, HEAT, COLD = list(COLOURS)[:5]
+SOFT, LINE, SURFACE, HEAT, COLD, INK = list(COLOURS)[:6]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 RC = {
-    "svg.fonttype": "none", "svg.hashsalt": "trocar", "font.size": 10, "axes.edgecolor": LINE, "axes.labelcolor": INK, "xtick.color": LINE,
-    "ytick.color": LINE, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": LINE, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.facecolor": "none", "figure.facecolor": "none", "text.color": INK,
-    "axes.titlesize": 10, "axes.unicode_minus": True, "lines.linewidth": 1.8,
+    "svg.fonttype": "none", "svg.hashsalt": "trocar", "font.size": 10, "lines.linewidth": 1.8, "axes.unicode_minus": True,
+    "text.color": SOFT, "axes.labelcolor": SOFT, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
+    "xtick.color": LINE, "ytick.color": LINE,
+    "axes.edgecolor": LINE, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": LINE, "grid.linewidth": 0.6, "axes.facecolor": "none", "figure.facecolor": "none",
 }  # fmt: skip
 SVG = "http://www.w3.org/2000/svg"
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,7 @@ class Drawing:
     scale: tuple[str, str, bool] | None = None
 
 
-def draw(
-    name: str, kind: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, value: str | None = None, series: str | None = None
-) -> Drawing:
+def draw(name: str, kind: str, rows: Rows, x: str, y: str, value: str | None = None, series: str | None = None) -> Drawing:
     """Draw the rows of a figure (`trocar.method.Figure` says what each kind needs). Raises RunError for missing columns or no rows."""
     needed = [x, y, *(["value" if value is None else value] if kind == "heatmap" else []), *([series] if series else [])]
     if not rows:
@@ -123,7 +125,7 @@ def _inline(name: str, svg: str, titles: Mapping[str, list[str]]) -> str:
     return re.sub("|".join(COLOURS), lambda found: COLOURS[found.group()], text)
 
 
-def _series(rows: Sequence[Mapping[str, Any]], column: str | None) -> dict[str, list[Mapping[str, Any]]]:
+def _series(rows: Rows, column: str | None) -> dict[str, list[Mapping[str, Any]]]:
     parts: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         parts.setdefault(str(row[column]) if column else "", []).append(row)
@@ -148,7 +150,7 @@ def _ticks(axes: Axes, values: Sequence[Any]) -> dict[str, float]:
     return {text: float(place) for place, text in enumerate(texts)}
 
 
-def _curve(name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, series: str | None) -> Drawing:
+def _curve(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawing:
     parts = _series(rows, series)
 
     def paint(axes: Axes) -> dict[str, list[str]]:
@@ -169,7 +171,7 @@ def _curve(name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, series:
     return Drawing(_canvas(name, 3.4, paint), _keys(parts))
 
 
-def _points(name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, series: str | None) -> Drawing:
+def _points(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawing:
     parts = _series(rows, series)
 
     def paint(axes: Axes) -> dict[str, list[str]]:
@@ -190,7 +192,7 @@ def _points(name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, series
     return Drawing(_canvas(name, 3.8, paint), _keys(parts))
 
 
-def _bars(name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, series: str | None) -> Drawing:
+def _bars(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawing:
     parts, labels = _series(rows, series), list(dict.fromkeys(str(row[x]) for row in rows))
     flat = len(labels) * len(parts) > 12 or max(map(len, labels)) > 72 / len(labels)  # lying bars, where labels would collide
 
@@ -225,10 +227,13 @@ def _bars(name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, series: 
             axes.set(xlabel=x if len(labels) > 1 else "", ylabel=y)
         return titles
 
-    return Drawing(_canvas(name, max(2.4, 0.26 * len(labels) * len(parts) + 1) if flat else 3.2, paint), _keys(parts))
+    return Drawing(
+        _canvas(name, max(2.4, 0.26 * len(labels) * len(parts) + 1) if flat else 3.2, paint),
+        tuple(replace(key, marker="■") for key in _keys(parts)),
+    )
 
 
-def _heatmap(name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, value: str | None) -> Drawing:
+def _heatmap(name: str, rows: Rows, x: str, y: str, value: str | None) -> Drawing:
     key = value or "value"
     columns, lines = (list(dict.fromkeys(str(row[side]) for row in rows)) for side in (x, y))
     numbers = [number(row[key]) for row in rows]
@@ -261,8 +266,13 @@ def _heatmap(name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, value
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        for axis, names, room in ((axes.xaxis, columns, 14), (axes.yaxis, lines, 24)):
-            step = max(1, math.ceil(len(names) * (max(map(len, names)) / 5 if axis is axes.xaxis else 1) / room)) if len(names) > 1 else 1
+        first = [text.split("–")[0] or text for text in columns]  # the first of a cell of several
+        for axis, names, room in ((axes.xaxis, first, 14), (axes.yaxis, lines, 24)):
+            step = (
+                max(1, math.ceil(len(names) * ((max(map(len, names)) + 2) / 6 if axis is axes.xaxis else 1) / room))
+                if len(names) > 1
+                else 1
+            )
             axis.set_ticks([place + 0.5 for place in range(0, len(names), step)], names[::step])
         return {"cells": texts}
 
@@ -279,7 +289,7 @@ def _hover(part: str, x: str, y: str, row: Mapping[str, Any]) -> str:
     return f"{head}{': ' if head else ''}{x} {where}, {y} {compact(number(row[y]))}{ends}"
 
 
-KINDS: dict[str, Callable[[str, Sequence[Mapping[str, Any]], str, str, str | None], Drawing]] = {
+KINDS: dict[str, Callable[[str, Rows, str, str, str | None], Drawing]] = {
     "heatmap": _heatmap,
     "curve": _curve,
     "bars": _bars,

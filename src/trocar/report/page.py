@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import yaml
@@ -26,9 +28,11 @@ from trocar.report.where import scores_map
 from trocar.result import FigureInfo, GalleryInfo, Picture, Result, TableRow, read_result
 
 FILE = "report.html"
+COLUMNS = ("op", "where", "shape", "changed", "norm", "bytes")  # of a patch's table, in this order
+ASKED = ("name", "title", "model", "data", "method", "checks", "seed")  # of a recipe
 
 
-def render(folder: str | Path, output: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the report of a finished run, by default `report.html` in its folder, and return its path.
 
     Raises RunError for a folder that is no run folder, is not finished, is damaged, or names files that lie outside of it.
@@ -36,11 +40,13 @@ def render(folder: str | Path, output: str | Path | None = None) -> Path:
     folder = Path(folder)
     result = read_result(folder)
     target = folder / FILE if output is None else Path(output)
-    write_text(target, _page(folder, result))
+    there = os.path.relpath(folder.resolve(), target.resolve().parent)
+    write_text(target, _page(folder, result, f"{there}/" if there != "." else "./"))
     return target
 
 
-def _page(folder: Path, result: Result) -> str:
+def _page(folder: Path, result: Result, there: str) -> str:
+    """there: the way from the page to the run folder."""
     here = resources.files("trocar.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
@@ -48,13 +54,15 @@ def _page(folder: Path, result: Result) -> str:
             "size": numbers.size, "probability": numbers.probability, "compact": numbers.compact, "shown": numbers.shown,
             "change": numbers.change, "interval": numbers.interval, "direction": numbers.direction, "arrow": numbers.arrow,
             "units": numbers.units, "left_out": numbers.left_out, "cell": _cell, "status": _status,
+            "link": lambda name: quote(f"{there}{name}"),
         }
     )  # fmt: skip
+    asked = {key: result.asked[key] for key in sorted(result.asked, key=_asked_order)}
     template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         result=result,
         css=(here / "page.css").read_text(encoding="utf-8"),
-        asked=yaml.safe_dump(result.asked, sort_keys=False, allow_unicode=True, width=100),
+        asked=yaml.safe_dump(asked, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100),
         recipe="recipe.yaml" if (folder / "recipe.yaml").is_file() else None,
         checks=[_check(result, check) for check in result.checks],
         rows=[(row, _dumbbell(row), _foreign(result, row)) for row in result.table],
@@ -119,9 +127,11 @@ def _patch(folder: Path, result: Result) -> dict[str, Any] | None:
     if result.patch is None:
         return None
     _inside(folder, result.patch.file)
-    columns = list(dict.fromkeys(key for op in result.patch.ops for key in op))
+    known = {key: None for op in result.patch.ops for key in op}
+    columns = sorted(known, key=lambda key: COLUMNS.index(key) if key in COLUMNS else len(COLUMNS))
+    numeric = [all(_is_number(op.get(column)) for op in result.patch.ops) for column in columns]
     rows = [[op.get(column) for column in columns] for op in result.patch.ops]
-    return {"file": result.patch.file, "bytes": result.patch.bytes, "columns": columns, "rows": rows}
+    return {"file": result.patch.file, "bytes": result.patch.bytes, "columns": list(zip(columns, numeric, strict=True)), "rows": rows}
 
 
 def _gallery(folder: Path, gallery: GalleryInfo) -> dict[str, Any]:
@@ -136,8 +146,16 @@ def _gallery(folder: Path, gallery: GalleryInfo) -> dict[str, Any]:
     return {"title": gallery.title, "caption": gallery.caption, "items": items, "right": right, "was": was}
 
 
+def _asked_order(key: str) -> int:
+    return ASKED.index(key) if key in ASKED else len(ASKED)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _status(item: Picture) -> str:
-    """`fixed` (wrong before, right now), `kept` (right before and now), `broken` (right before, wrong now), `wrong` (wrong before and now)."""
+    """`fixed` (wrong before, right now), `kept` (right both times), `broken` (right before, wrong now), `wrong` (both times)."""
     if item.fixed or item.after == item.truth:
         return "kept" if item.before == item.truth else "fixed"
     return "broken" if item.before == item.truth else "wrong"
