@@ -33,7 +33,7 @@ COLOURS = {
 }
 SOFT, LINE, SURFACE, HEAT, COLD, INK = list(COLOURS)[:6]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-RC = {
+RC: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "trocar", "font.size": 10, "lines.linewidth": 1.8, "axes.unicode_minus": True,
     "text.color": SOFT, "axes.labelcolor": SOFT, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
     "xtick.color": LINE, "ytick.color": LINE,
@@ -163,7 +163,7 @@ def _curve(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawing
                 axes.fill_between(xs, low, high, color=_colour(order), alpha=0.15, linewidth=0)
             axes.plot(xs, ys, color=_colour(order))
             gid = f"marks{order}"
-            axes.scatter(xs, ys, 36, _colour(order), MARKERS[order % SERIES], edgecolors=SURFACE, linewidths=1, zorder=3, gid=gid)
+            axes.scatter(xs, ys, 36, c=_colour(order), marker=MARKERS[order % SERIES], edgecolors=SURFACE, linewidths=1, zorder=3, gid=gid)
             titles[gid] = [_hover(part, x, y, row) for row in own]
         axes.set(xlabel=x, ylabel=y)
         return titles
@@ -180,7 +180,7 @@ def _points(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawin
             own = [row for row in own if not math.isnan(number(row[y]))]
             gid = f"marks{order}"
             xs, ys = [places[str(row[x])] for row in own], [number(row[y]) for row in own]
-            axes.scatter(xs, ys, 56, _colour(order), MARKERS[order % SERIES], edgecolors=SURFACE, linewidths=1, gid=gid)
+            axes.scatter(xs, ys, 56, c=_colour(order), marker=MARKERS[order % SERIES], edgecolors=SURFACE, linewidths=1, gid=gid)
             titles[gid] = [_hover(part, x, y, row) for row in own]
             for row, at, height in zip(own, xs, ys, strict=True):
                 if len(rows) <= 24 and row.get("label"):
