@@ -28,7 +28,8 @@ class Config(pydantic.BaseModel):
 
 
 def _explain(cls: type[Config], error: pydantic.ValidationError, where: str) -> tuple[str, str]:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])  # a misspelt key is why another is missing
     path = ".".join([where, *(str(part) for part in first["loc"])])
     if first["type"] == "extra_forbidden":
         owner: Any = cls
@@ -36,7 +37,7 @@ def _explain(cls: type[Config], error: pydantic.ValidationError, where: str) -> 
             owner = _field_model(owner, part)
         known = owner.model_fields if isinstance(owner, type) and issubclass(owner, pydantic.BaseModel) else {}
         return f"{path} is not a known setting.", nearest(str(first["loc"][-1]), known) if known else ""
-    others = len(error.errors()) - 1
+    others = len(errors) - 1
     return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r}).", f"({others} more.)" if others else ""
 
 

@@ -1,0 +1,326 @@
+"""The report: complete, self-contained, the same bytes, and honest about bad folders."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from run_folder import AFTER, BEFORE, make
+
+from trocar.core.errors import RunError
+from trocar.report import terminal_table, verdict_line, write_report
+from trocar.report.figures import SVG, draw
+from trocar.report.numbers import arrow, change, compact, direction, interval, probability, size
+from trocar.result import FILE, TableRow, read_result, write_result
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = make(tmp_path_factory.mktemp("runs") / "run")
+    return folder, write_report(folder).read_text()
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return Path(shutil.copytree(whole[0], tmp_path / "run"))
+
+
+def change_result(folder, **changes):
+    content = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps({**content, **changes}))
+
+
+class Page(HTMLParser):
+    """Tags, attributes, and whether every opened tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        while self.open and self.open[-1] in {"tr", "td", "th", "li", "dt", "dd", "p", "tbody", "thead"} and self.open[-1] != tag:
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_page_holds_every_section_and_closes_every_tag(whole):
+    page = Page(whole[1])
+    assert page.open == []
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert {"measured", "pictures", "where", "changed", "figures", "asked", "states"} <= set(ids)
+    assert len(ids) == len(set(ids)), "ids are unique, so that no figure draws with another's clip path"
+    text = " ".join(page.text)
+    for needed in (
+        "Passed",
+        "All 3 checks hold.",
+        "Tulips taken for insects",
+        "where-to-edit",
+        BEFORE,
+        AFTER,
+        "stop reason",
+        "154 of 3,072",
+    ):
+        assert needed in text
+    assert sum(tag == "svg" for tag, _ in page.tags) == 1 + 3 + 5  # the sign, three scores, five figures
+    assert sum(tag == "img" for tag, _ in page.tags) == 10
+
+
+def test_page_is_self_contained(whole):
+    page = Page(whole[1])
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        for key in ("src", "href", "xlink:href", "action", "data"):
+            target = attributes.get(key, "")
+            assert not re.match(r"(?i)(https?:)?//|javascript:", target), (tag, key, target)
+    assert not re.search(r"url\((?!#)", whole[1])
+    assert "@import" not in whole[1]
+
+
+def test_links_into_the_folder_exist(whole):
+    for tag, attributes in Page(whole[1]).tags:
+        target = attributes.get("href", "")
+        if tag == "a" and not target.startswith(("#", "data:")):
+            assert (whole[0] / target).is_file()
+
+
+def test_numbers_on_the_page_are_those_of_the_result(whole):
+    result = read_result(whole[0])
+    row = next(row for row in result.table if row.name == "generalisation")
+    text = re.sub(r"\s+", " ", " ".join(Page(whole[1]).text))
+    for shown in (f"{100 * row.after:.1f} %", f"+{100 * row.difference:.1f}", interval(row), f"{row.n} edits in {row.n_groups} groups"):
+        assert shown in text
+    assert f"{row.left_out} edits left out" in text
+
+
+def test_equal_folders_give_equal_bytes(whole, tmp_path):
+    other = make(tmp_path / "elsewhere")
+    assert write_report(other).read_text() == whole[1]
+    assert write_report(other, other / "copy.html").read_text() == whole[1]
+
+
+def test_a_report_elsewhere_still_links_into_the_folder(folder, tmp_path):
+    page = Page(write_report(folder, tmp_path / "shown" / "index.html").read_text())
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a" and attributes["href"].startswith(".")]
+    assert len(links) == 10  # patch, three scores, five figures, recipe
+    assert all((tmp_path / "shown" / link).is_file() for link in links)
+
+
+def test_a_file_name_cannot_become_a_script(folder):
+    name = "javascript:alert(1)"
+    (folder / "figures/front.csv").rename(folder / name)
+    content = json.loads((folder / FILE).read_text())
+    content["figures"][0]["csv"] = name
+    (folder / FILE).write_text(json.dumps(content))
+    assert 'href="./javascript%3Aalert%281%29"' in write_report(folder).read_text()
+
+
+def test_no_torch_and_no_model_is_needed(whole, tmp_path):
+    code = (
+        "import sys; from trocar.report import write_report, terminal_table; from trocar.result import read_result;"
+        f"write_report({str(whole[0])!r}, {str(tmp_path / 'r.html')!r}); terminal_table(read_result({str(whole[0])!r}));"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_hover_texts_sit_on_the_marks_they_describe():
+    rows = [{"k": k, "v": k * k, "s": s, "low": k, "high": 9} for s in ("a", "b") for k in (3, 1, 2)]
+    from xml.etree import ElementTree
+
+    for kind in ("curve", "points", "bars"):
+        drawing = draw("f", kind, rows, "k", "v", series="s")
+        titles = [title.text for title in ElementTree.fromstring(drawing.svg).iter(f"{{{SVG}}}title")]
+        assert len(titles) == 6
+        assert titles.count("a: k 3, v 9 [3, 9]") == 1
+        assert [key.name for key in drawing.keys] == ["a", "b"]
+    # in a scatter plot, the third mark of the curve (sorted by k) lies to the right of the first
+    svg = ElementTree.fromstring(draw("f", "curve", rows, "k", "v", series="s").svg)
+    marks = [(float(use.get("x")), use[0].text) for use in svg.iter(f"{{{SVG}}}use") if len(use)]
+    first = [at for at, text in marks if text.startswith("a")]
+    assert first == sorted(first)
+    assert [text.split(",")[0] for _, text in marks if text.startswith("a")] == ["a: k 1", "a: k 2", "a: k 3"]
+
+
+def test_heat_map_cells_and_shades():
+    rows = [{"x": str(x), "y": y, "v": v} for x, y, v in ((0, "L0", 0.0), (1, "L0", 0.5), (0, "L1", 1.0), (1, "L1", "nan"))]
+    drawing = draw("h", "heatmap", rows, "x", "y", "v")
+    assert drawing.scale == ("0", "1", False)
+    assert drawing.svg.count("<title>") == 4
+    assert "L1, x 1: v none" in drawing.svg
+    assert "fill: var(--heat)" in drawing.svg
+    signed = draw("h", "heatmap", [{**rows[0], "v": -2}, {**rows[1], "v": 1}], "x", "y", "v")
+    assert signed.scale == ("−2", "2", True)
+    assert "var(--cold)" in signed.svg
+
+
+def test_awkward_figures_are_drawn():
+    text = [{"x": name, "y": 0.5} for name in ("a <b> & c", "d")]
+    for kind in ("curve", "points", "bars"):
+        assert "&lt;b&gt;" in draw("t", kind, text, "x", "y").svg
+        draw("one", kind, [{"x": 1, "y": 2}], "x", "y")
+        draw("hole", kind, [{"x": 1, "y": "nan"}, {"x": 2, "y": 1}], "x", "y")
+    draw("long", "bars", [{"x": f"a rather long name {row}", "y": row} for row in range(9)], "x", "y")
+    draw("wide", "heatmap", [{"x": column, "y": line, "value": 0} for column in range(64) for line in range(32)], "x", "y", "value")
+    draw("many", "curve", [{"x": step, "y": step, "s": f"series {part}"} for part in range(11) for step in range(3)], "x", "y", series="s")
+
+
+def test_text_from_the_run_cannot_become_markup(folder):
+    evil = "<script>alert(1)</script>"
+    content = json.loads((folder / FILE).read_text())
+    content["title"] = evil
+    content["log"] = {evil: evil}
+    content["asked"] = {"model": evil}
+    content["table"][0].update(name=evil, scorer=evil, unit=evil)
+    content["figures"][0].update(title=evil, caption=evil, id='"><script>')
+    content["galleries"][0]["items"][0]["after"] = evil
+    content["patch"]["ops"][0]["where"] = evil
+    (folder / FILE).write_text(json.dumps(content))
+    page = Page(write_report(folder).read_text())
+    assert not any(tag == "script" for tag, _ in page.tags)
+    assert page.open == []
+
+
+def test_failed_and_unchecked_runs_say_so(tmp_path):
+    failed = make(tmp_path / "failed", locality=0.9)
+    text = re.sub(r"\s+", " ", write_report(failed).read_text())
+    assert "1 of 3 checks does not hold." in text
+    assert "verdict failed" in text
+    assert verdict_line(read_result(failed)) == "1 of 3 checks does not hold"
+    plain = make(tmp_path / "plain", checks=False)
+    assert "no checks were asked for" in write_report(plain).read_text()
+
+
+def test_measurements_on_other_states_are_marked(folder):
+    assert "made on exactly these two states" in write_report(folder).read_text()
+    content = json.loads((folder / FILE).read_text())
+    content["table"][1]["state_after"] = "another"
+    (folder / FILE).write_text(json.dumps(content))
+    text = write_report(folder).read_text()
+    assert "on other states than below" in text
+    assert "1 measurements were made on other states" in text
+
+
+def test_a_run_without_optional_parts(folder):
+    change_result(folder, checks=[], verdict="unchecked", figures=[], galleries=[], patch=None, scores=[], log={})
+    page = Page(write_report(folder).read_text())
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    assert "measured" in ids
+    assert not ids & {"pictures", "where", "changed", "figures"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda f: shutil.rmtree(f), "no run folder"),
+        (lambda f: (f / FILE).unlink(), "has no result.json"),
+        (lambda f: (f / FILE).write_text("{"), "is damaged"),
+        (lambda f: (f / FILE).write_bytes(b"\xff\xfe"), "is damaged"),
+        (lambda f: (f / FILE).write_text("[" * 100_000), "is damaged"),
+        (lambda f: (f / FILE).write_text("[]"), "is damaged"),
+        (lambda f: change_result(f, verdict="perfect"), "is damaged: .*verdict"),
+        (lambda f: change_result(f, format=2), "format 2"),
+        (lambda f: change_result(f, surprise=1), "surprise"),
+        (lambda f: (f / "figures/front.csv").unlink(), r"there is no figures/front\.csv"),
+        (lambda f: (f / "figures/front.csv").write_text("locality,generalisation\n1,2\n"), "lacks the column method"),
+        (lambda f: (f / "figures/front.csv").write_text("locality,generalisation,method\n1,2\n"), "too many or too few"),
+        (lambda f: (f / "figures/front.csv").write_text(""), "no rows"),
+        (lambda f: (f / "figures/overlap.csv").write_text("edit,other edit,iou\na,b,\n"), "no finite value"),
+        (lambda f: (f / "figures/front.csv").write_bytes(b"\xff\xfe\n"), "not a CSV"),
+        (lambda f: (f / "pictures/failures/3.png").write_bytes(b"GIF89a"), "not a PNG"),
+        (lambda f: (f / "scores/mask.safetensors").write_bytes(b"junk"), "is damaged"),
+        (lambda f: (f / "patch.safetensors").unlink(), r"there is no patch\.safetensors"),
+    ],
+)
+def test_bad_folders(folder, damage, what):
+    before = (folder / "report.html").read_bytes()
+    damage(folder)
+    with pytest.raises(RunError, match=what):
+        write_report(folder)
+    assert not folder.exists() or (folder / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["../secret.csv", "/etc/passwd", "figures/../../secret.csv"])
+def test_files_outside_of_the_folder_are_not_read(folder, name):
+    (folder.parent / "secret.csv").write_text("locality,generalisation,method\n1,2,secret\n")
+    content = json.loads((folder / FILE).read_text())
+    content["figures"][0]["csv"] = name
+    (folder / FILE).write_text(json.dumps(content))
+    with pytest.raises(RunError, match="outside"):
+        write_report(folder)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder):
+    (folder.parent / "secret.png").write_bytes((folder / "pictures/failures/0.png").read_bytes())
+    (folder / "pictures/failures/0.png").unlink()
+    (folder / "pictures/failures/0.png").symlink_to(folder.parent / "secret.png")
+    with pytest.raises(RunError, match="outside"):
+        write_report(folder)
+
+
+def test_result_round_trip(folder):
+    result = read_result(folder)
+    before = (folder / FILE).read_bytes()
+    write_result(folder, result)
+    assert (folder / FILE).read_bytes() == before
+    assert read_result(folder) == result
+
+
+def test_terminal_table(whole):
+    from rich.console import Console
+
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(terminal_table(read_result(whole[0])))
+    text = console.export_text()
+    for needed in ("generalisation", "PASSED", "all 3 checks hold", "97.5 %", "▼ −2.5", "✓"):
+        assert needed in text
+
+
+def row(**changes):
+    base = {
+        "name": "m", "unit": "image", "form": "number", "better": "higher", "scorer": "s", "n": 2, "n_groups": 0, "left_out": 0,
+        "left_out_groups": 0, "before": 1.0, "after": 2.0, "difference": 1.0, "low": 0.5, "high": 1.5, "ratio": 2.0, "p": 0.01, "test": "t",
+        "interval": "bootstrap", "state_before": "a", "state_after": "b",
+    }  # fmt: skip
+    return TableRow.parse({**base, **changes})
+
+
+def test_numbers_as_people_read_them():
+    assert [compact(value) for value in (1221130.0, 0.35172, 1.2e-6, -3.0, 12345.6, None, float("nan"), float("-inf"))] == [
+        *("1,221,130", "0.3517", "1.2e−06", "−3", "12,346", "–", "–", "−∞"),
+    ]
+    assert [size(count) for count in (12, 191_488, 5 << 30)] == ["12 bytes", "187.0 KiB", "5.0 GiB"]
+    assert [probability(p) for p in (None, 0.0001, 0.0421, 0.5)] == ["–", "< 0.001", "0.042", "0.50"]
+    share = row(form="share", difference=-0.025, low=-0.045, high=0.0)
+    assert (change(share, share.difference), interval(share), arrow(share)) == ("−2.5", "[−4.5, ±0.0]", "▼")
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({}, "good"),
+        ({"better": "lower"}, "bad"),
+        ({"better": "same"}, "bad"),
+        ({"better": "same", "low": -0.5}, "none"),
+        ({"better": "same", "low": None}, "none"),
+        ({"difference": 0.0}, "none"),
+        ({"difference": -1.0, "better": "lower"}, "good"),
+    ],
+)
+def test_direction(changes, way):
+    assert direction(row(**changes)) == way
