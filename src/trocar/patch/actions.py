@@ -67,16 +67,19 @@ class Target:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter or buffer called `name`. Raises PatchBaseError naming the nearest one."""
-        owner, _, leaf = name.rpartition(".")
-        try:
-            module = self.model.get_submodule(owner)
-        except AttributeError:
-            module = None
-        found = None if module is None else module._parameters.get(leaf, module._buffers.get(leaf))
+        found = self.find(name)
         if found is None:
             known = [key for key, _ in self.model.named_parameters()]
             raise PatchBaseError(f"The model has no parameter '{name}'.", nearest(name, known) if len(known) < 10_000 else "")
         return found
+
+    def find(self, name: str) -> torch.Tensor | None:
+        owner, _, leaf = name.rpartition(".")
+        try:
+            module = self.model.get_submodule(owner)
+        except AttributeError:
+            return None
+        return module._parameters.get(leaf, module._buffers.get(leaf))
 
     def expect(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor called `name`, or PatchBaseError if its shape, dtype or device is not one that the operation can write to."""
@@ -103,20 +106,21 @@ class Write:
     target: Target
     place: Place
     compute: Callable[[torch.Tensor], torch.Tensor]
+    tensor: Any = field(default=None, init=False)  # the object written to, which a later removal may take out of the model
     old: Any = field(default=None, init=False)
 
     def do(self) -> Effect:
-        tensor = self.target.tensor(self.place.name)
-        old = self.place.read(tensor)
+        self.tensor = self.target.tensor(self.place.name)
+        old = self.place.read(self.tensor)
         new = self.compute(old)
         self.target.finite(new, f"the result in {self.place.name}")
         self.old = old
-        self.place.write(tensor, new)
-        return effect(old, self.place.read(tensor))
+        self.place.write(self.tensor, new)
+        return effect(old, self.place.read(self.tensor))
 
     def undo(self) -> None:
         if self.old is not None:
-            self.place.write(self.target.tensor(self.place.name), self.old)
+            self.place.write(self.tensor, self.old)
             self.old = None
 
 

@@ -7,6 +7,7 @@ writing and `show` all go through it, so there is one place that says what is va
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
@@ -101,14 +102,40 @@ class Effect(Strict):
     norm: Finite | None
 
 
-class BaseRecord(Strict):
-    """The model that a patch belongs to, in fingerprints."""
+class Base(Strict):
+    """The model that a patch belongs to, in fingerprints (`trocar.anatomy.fingerprint` and its kin).
+
+    fingerprint: of all values; structure: of all names and shapes; dtype: of most entries; tensors: of the parameters that the patch touches.
+    """
 
     fingerprint: Name
     structure: Name
-    family: Name
+    family: Text
     dtype: Dtype
     tensors: dict[Name, Name]
+
+    @classmethod
+    def of(cls, model: Any, ops: Sequence[Any] = ()) -> Base:
+        """The base record of `model` as it is now, with the fingerprints of what `ops` touch.
+
+        Raises UnknownFamilyError, UnsupportedModelError, and PatchBaseError if an operation names something the model does not have.
+        """
+        from trocar.anatomy import Anatomy, fingerprint, structure_fingerprint, tensor_fingerprint
+        from trocar.patch.actions import Target
+
+        target = Target(Anatomy.of(model))
+        names = sorted({name for op in ops for name in op.parameters(target)})
+        counts: dict[str, int] = {}
+        for parameter in target.model.parameters():
+            code = dtype_code(parameter.dtype) or "U8"
+            counts[code] = counts.get(code, 0) + parameter.numel()
+        return cls(
+            fingerprint=fingerprint(target.model),
+            structure=structure_fingerprint(target.model),
+            family=target.anatomy.family.name,
+            dtype=max(sorted(counts), key=lambda code: counts[code]),  # type: ignore[arg-type]
+            tensors={name: tensor_fingerprint(target.tensor(name)) for name in names},
+        )
 
 
 def torch_dtype(code: str) -> torch.dtype:

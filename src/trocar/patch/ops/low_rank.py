@@ -87,7 +87,10 @@ class LowRank:
     def plan(self, target: Target) -> list[Write]:
         return [plan_update(target, self.parameter, self.a, self.b, 1.0, self.transposed)]
 
-    def cast(self, dtype: torch.dtype) -> LowRank:
+    def parameters(self, target: Target) -> list[str]:
+        return [self.parameter]
+
+    def cast(self, target: Target) -> LowRank:
         return self  # factors have their own precision; the weight's dtype is met when the update is added
 
 

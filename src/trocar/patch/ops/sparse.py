@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -112,7 +111,9 @@ class SparseReplace:
         costs = {"whole": after.numel() * size, "flat": len(entries["flat"]) * (size + DTYPES[index_dtype(after.numel())][0])}
         for name, dim in (("rows", 0), ("cols", 1)):
             if after.dim() > dim:
-                entries[name] = changed.movedim(dim, 0).flatten(1).any(1).nonzero().flatten() if after.dim() > 1 else changed.nonzero().flatten()
+                entries[name] = (
+                    changed.movedim(dim, 0).flatten(1).any(1).nonzero().flatten() if after.dim() > 1 else changed.nonzero().flatten()
+                )
                 costs[name] = len(entries[name]) * (after.numel() // after.shape[dim] * size + 4)
         best = layout or min(("whole", "rows", "cols", "flat"), key=lambda name: costs.get(name, math.inf))
         if best == "whole":
@@ -144,8 +145,13 @@ class SparseReplace:
         target.finite(self.values, f"the new values of {self.parameter}")
         return [Write(target, self.place(), lambda old: self.values.to(old.device).reshape(old.shape))]
 
-    def cast(self, dtype: torch.dtype) -> SparseReplace:
-        return SparseReplace(self.parameter, self.shape, self.values.to(dtype), self.index, self.layout)
+    def parameters(self, target: Target) -> list[str]:
+        return [self.parameter]
+
+    def cast(self, target: Target) -> SparseReplace:
+        """The same values in the dtype that the parameter has in `target`."""
+        values = self.values.to(target.expect(self.parameter, self.shape).dtype)
+        return SparseReplace(self.parameter, self.shape, values, self.index, self.layout)
 
 
 def own(instance: Any, name: str, value: Any) -> None:
@@ -169,9 +175,3 @@ def check_index(index: torch.Tensor, extent: int, what: str) -> None:
         raise PatchFormatError(f"{what}: the index must be a list of at least one position.")
     if int(index[0]) < 0 or int(index[-1]) >= extent or not bool((index[1:] > index[:-1]).all()):
         raise PatchFormatError(f"{what}: indices must be sorted, unique and from 0 to {extent - 1}.")
-
-
-def indices(values: Sequence[int]) -> torch.Tensor:
-    import torch
-
-    return torch.as_tensor(list(values), dtype=torch.int64)
