@@ -9,7 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trocar.patch.compare import diff
+    from trocar.patch.exporting import export
     from trocar.patch.format import Header, read_header
+    from trocar.patch.merge import merge_into
     from trocar.patch.ops import KINDS, Op
     from trocar.patch.ops.adapter import Adapter, Factors
     from trocar.patch.ops.gate import Gate
@@ -19,9 +22,13 @@ if TYPE_CHECKING:
     from trocar.patch.ops.vector import AddVector
     from trocar.patch.patch import Applied, Patch
     from trocar.patch.record import Base, Effect
+    from trocar.patch.stacking import AppliedStack, Overlap, Stack, stack
 
 _HOMES = {
+    "compare": ("diff",),
+    "exporting": ("export",),
     "format": ("Header", "read_header"),
+    "merge": ("merge_into",),
     "ops": ("KINDS", "Op"),
     "ops.adapter": ("Adapter", "Factors"),
     "ops.gate": ("Gate",),
@@ -31,11 +38,12 @@ _HOMES = {
     "ops.vector": ("AddVector",),
     "patch": ("Applied", "Patch"),
     "record": ("Base", "Effect"),
+    "stacking": ("AppliedStack", "Overlap", "Stack", "stack"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
-    "KINDS", "AddVector", "Adapter", "Applied", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Patch", "Remove",
-    "SparseReplace", "read_header",
+    "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Overlap",
+    "Patch", "Remove", "SparseReplace", "Stack", "diff", "export", "merge_into", "read_header", "stack",
 ]  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Target:
 
     def __init__(self, anatomy: Anatomy, allow_nonfinite: bool = False) -> None:
         self.anatomy, self.model, self.allow_nonfinite = anatomy, anatomy.model, allow_nonfinite
+        self._names: dict[int, str] | None = None
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter or buffer called `name`. Raises PatchBaseError naming the nearest one."""
@@ -81,6 +82,12 @@ class Target:
             return None
         return module._parameters.get(leaf, module._buffers.get(leaf))
 
+    def first_name(self, name: str) -> str:
+        """A parameter's first name in the model; tied parameters have several."""
+        if self._names is None:
+            self._names = {id(tensor): first for first, tensor in [*self.model.named_buffers(), *self.model.named_parameters()]}
+        return self._names[id(self.tensor(name))]
+
     def expect(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor called `name`, or PatchBaseError if its shape, dtype or device is not one that the operation can write to."""
         tensor = self.tensor(name)
@@ -95,7 +102,9 @@ class Target:
 
     def finite(self, values: torch.Tensor, what: str) -> None:
         """Raises EditError if `values` hold NaN or infinities and those were not allowed."""
-        if not self.allow_nonfinite and values.is_floating_point() and not bool(values.isfinite().all()):
+        if self.allow_nonfinite or values.device.type == "meta":
+            return
+        if values.is_floating_point() and not bool(values.isfinite().all()):
             raise EditError(f"{what[0].upper()}{what[1:]} hold NaN or infinite entries.", "Pass allow_nonfinite=True if that is meant.")
 
 
@@ -112,11 +121,19 @@ class Write:
     def do(self) -> Effect:
         self.tensor = self.target.tensor(self.place.name)
         old = self.place.read(self.tensor)
-        new = self.compute(old)
-        self.target.finite(new, f"the result in {self.place.name}")
+        new = self._new(old)
         self.old = old
         self.place.write(self.tensor, new)
         return effect(old, self.place.read(self.tensor))
+
+    def change(self, tensor: torch.Tensor) -> None:
+        """The same for a tensor that is not in the model, in place, without a way back."""
+        self.place.write(tensor, self._new(self.place.read(tensor)))
+
+    def _new(self, old: torch.Tensor) -> torch.Tensor:
+        new = self.compute(old)
+        self.target.finite(new, f"the result in {self.place.name}")
+        return new
 
     def undo(self) -> None:
         if self.old is not None:

@@ -6,6 +6,7 @@ writing and `show` all go through it, so there is one place that says what is va
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -158,6 +159,6 @@ def explain(error: pydantic.ValidationError) -> str:
 
 def sorted_unique(values: tuple[Any, ...], what: str) -> tuple[Any, ...]:
     """Pydantic helper: refuse a list that is not strictly increasing."""
-    if any(not a < b for a, b in zip(values, values[1:], strict=False)):
+    if any(not a < b for a, b in itertools.pairwise(values)):
         raise ValueError(f"{what} must be sorted and unique")
     return values

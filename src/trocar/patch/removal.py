@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trocar.anatomy import Anatomy, Tower, tensor_fingerprint
+from trocar.anatomy import Tower, tensor_fingerprint
 from trocar.core.errors import UnsupportedModelError
 from trocar.patch.actions import Target
 from trocar.patch.ops.remove import Surgery
@@ -79,19 +80,16 @@ class Removal:
         old: Any = module._parameters[leaf]
         value = kept(old.detach(), dims)
         new = nn.Parameter(value, requires_grad=old.requires_grad)
-        gone = (
-            torch.linalg.vector_norm(old.detach().float(), dtype=torch.float64) ** 2
-            - torch.linalg.vector_norm(value.float(), dtype=torch.float64) ** 2
-        )
+        gone = _square(old) - _square(value)
         self._set(module._parameters, leaf, new)  # type: ignore[arg-type]
-        self._new.append((module, leaf, new, tensor_fingerprint(new)))
+        self._new.append((module, leaf, new, "" if new.device.type == "meta" else tensor_fingerprint(new)))
         if leaf == "weight":
             transposed = not isinstance(module, nn.Linear)
             rows, columns = new.shape[::-1] if transposed else new.shape
             for key, size in (("out_features", rows), ("in_features", columns), ("nf", rows), ("nx", columns)):
                 if key in module.__dict__:
                     self._set(module.__dict__, key, size)
-        return max(0.0, float(gone))
+        return max(0.0, gone)
 
     def _resize(self, tower: Tower) -> None:
         """Bring the sizes that modules and the config remember in line with the new shapes."""
@@ -111,7 +109,7 @@ class Removal:
                     if isinstance(owner.__dict__.get(key), int):
                         self._set(owner.__dict__, key, values[what])
                 reads = {"num_attention_heads": heads[layer], "num_key_value_heads": kv_heads[layer]}
-                asked = set(type(owner).forward.__code__.co_names) - set(owner.__dict__)
+                asked = set(inspect.unwrap(type(owner).forward).__code__.co_names) - set(owner.__dict__)
                 if not uniform and "config" in owner.__dict__ and asked & set(reads):
                     own = copy.copy(owner.__dict__["config"])  # this forward asks the config, which blocks with other numbers share
                     for key, value in reads.items():
@@ -142,7 +140,7 @@ class Removal:
         norm = 0.0
         for layer, block in enumerate(tower.blocks):
             if layer not in kept_blocks:
-                norm += sum(float(torch.linalg.vector_norm(p.detach().float(), dtype=torch.float64)) ** 2 for p in block.parameters())
+                norm += sum(_square(parameter) for parameter in block.parameters())
         self._set(blocks.__dict__, "_modules", {str(new): tower.blocks[old] for new, old in enumerate(kept_blocks)})
         for new, old in enumerate(kept_blocks):
             for module in tower.blocks[old].modules():
@@ -170,6 +168,11 @@ def kept(tensor: torch.Tensor, dims: tuple[tuple[int, tuple[int, ...]], ...]) ->
     return tensor.clone()
 
 
+def _square(tensor: torch.Tensor) -> float:
+    """The squared norm; 0 for a skeleton's tensor."""
+    return 0.0 if tensor.device.type == "meta" else float(torch.linalg.vector_norm(tensor.detach().float(), dtype=torch.float64)) ** 2
+
+
 def attention_owners(tower: Tower, layer: int) -> Iterator[nn.Module]:
     """The modules between a block and its projections, which know the number of heads."""
     seen: set[int] = set()
@@ -189,24 +192,17 @@ def _real(config: Any, key: str) -> str:
     return getattr(config, "attribute_map", {}).get(key, key)
 
 
-def refuse_inexpressible(model: nn.Module) -> None:
-    """Raise UnsupportedModelError if the config cannot say what the model looks like, so that a plain checkpoint would not load."""
-    for name, tower in Anatomy.of(model).towers.items():
-        place, config = f"{name + ': ' if name else ''}", tower.config
-        layers = range(tower.n_layers)
-        for what, counts, keys in (
-            ("heads", {(tower.heads(layer), tower.kv_heads(layer)) for layer in layers}, ("num_attention_heads",)),
-            ("neurons", {tower.neurons(layer) for layer in layers}, NEURON_SETTINGS),
-        ):
-            if len(counts) > 1:
-                raise UnsupportedModelError(f"{place}the blocks have different numbers of {what}, which no config can say.", "")
-            first: Any = next(iter(counts))
-            first = first[0] if what == "heads" else first
-            known = [config.__dict__[_real(config, key)] for key in keys if config.__dict__.get(_real(config, key)) is not None]
-            if known and known[0] != first:
-                raise UnsupportedModelError(f"{place}the blocks have {first} {what}, but the config says {known[0]}.", "")
-        heads, size = tower.heads(0), tower.head_size(0)
-        if heads * size != tower.width and config.__dict__.get("head_dim") != size:
-            raise UnsupportedModelError(
-                f"{place}{heads} heads of size {size} in a width of {tower.width} cannot be said in a {type(config).__name__}.", ""
-            )
+def refuse_inexpressible(model: Any) -> None:
+    """Raise UnsupportedModelError if a model made from the config would have other shapes, so that a plain checkpoint would not load."""
+    state = torch.random.get_rng_state()
+    try:
+        with torch.device("meta"):
+            made = type(model)(copy.deepcopy(model.config))
+    except Exception as error:  # whatever the architecture raises for sizes that do not go together
+        raise UnsupportedModelError(f"Its config is not valid any more ({str(error).splitlines()[0][:150]}).") from None
+    finally:
+        torch.random.set_rng_state(state)
+    wanted = {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if wanted.get(name) != tuple(parameter.shape):
+            raise UnsupportedModelError(f"{name} has shape {tuple(parameter.shape)}, by the config it would be {wanted.get(name, 'missing')}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -38,7 +39,7 @@ class AdapterRecord(Record):
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> AdapterRecord:
         names = [module.name for module in self.modules]
-        if not names or any(not a < b for a, b in zip(names, names[1:], strict=False)):
+        if not names or any(not a < b for a, b in itertools.pairwise(names)):
             raise ValueError("modules must be at least one, sorted and unique")
         return self
 

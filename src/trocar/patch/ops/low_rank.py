@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import pydantic
 
-from trocar.core.errors import PatchFormatError
+from trocar.core.errors import PatchBaseError, PatchFormatError
 from trocar.patch.actions import Place, Target, Write
 from trocar.patch.ops.sparse import checked, own
 from trocar.patch.record import Float, Name, Record, Size, Spec, dtype_code
@@ -96,8 +96,15 @@ class LowRank:
 
 def plan_update(target: Target, parameter: str, a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool) -> Write:
     """The step W += scale * b @ a."""
+    from transformers.pytorch_utils import Conv1D
+
     shape = (b.shape[0], a.shape[1])
     target.expect(parameter, shape[::-1] if transposed else shape)
+    stored = isinstance(target.model.get_submodule(parameter.rpartition(".")[0]), Conv1D)
+    if stored != transposed:  # found here, because a square matrix has the same shape either way
+        raise PatchBaseError(
+            f"{parameter} is stored as {'(in, out)' if stored else '(out, in)'}, the update says otherwise.", f"Use transposed={stored}."
+        )
     target.finite(a, f"the factors for {parameter}")
     target.finite(b, f"the factors for {parameter}")
     return Write(target, Place(parameter), lambda old: updated(old, a, b, scale, transposed))

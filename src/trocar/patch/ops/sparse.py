@@ -98,7 +98,6 @@ class SparseReplace:
 
         layout: forces one of the layouts instead of the smallest. Raises PatchFormatError if shapes or dtypes differ.
         """
-        import torch
 
         if before.shape != after.shape or before.dtype != after.dtype:
             raise PatchFormatError(f"{parameter}: {tuple(before.shape)} {before.dtype} cannot become {tuple(after.shape)} {after.dtype}.")

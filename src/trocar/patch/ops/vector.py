@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -149,8 +150,6 @@ class Attach:
         if self.context is None:
             return
         error = _Detach()
-        try:
+        with contextlib.suppress(_Detach):
             self.context.__exit__(_Detach, error, None)
-        except _Detach:
-            pass
         self.context = None
