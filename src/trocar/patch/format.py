@@ -107,7 +107,7 @@ class _Reader:
         meta = outer.get("__metadata__") if isinstance(outer, dict) else None
         if not isinstance(meta, dict) or not isinstance(meta.get("trocar"), str):
             raise self.fail("it is not a Trocar patch", "Patches are made by trocar.patch; a checkpoint or adapter is not one.")
-        inner = self._json(meta["trocar"].encode("utf-8", "surrogatepass"), "its description")
+        inner = self._json(meta["trocar"].encode(), "its description")
         header, text = self._header(inner)
         self._compare(outer, header)
         expected = _encode(header, text)
@@ -137,24 +137,8 @@ class _Reader:
         return raw
 
     def _json(self, raw: bytes, what: str) -> Any:
-        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            found = dict(pairs)
-            if len(found) != len(pairs):
-                raise ValueError("a key appears twice")
-            return found
-
-        def refuse(text: str) -> Any:
-            raise ValueError(f"{text[:20]} is not a number")
-
-        def whole(text: str) -> int:
-            return int(text) if len(text) <= 20 else refuse(text)
-
-        def real(text: str) -> float:
-            value = float(text) if len(text) <= 40 else refuse(text)
-            return value if abs(value) != float("inf") else refuse(text)
-
         try:
-            return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_int=whole, parse_float=real)
+            return strict_json(raw)
         except (ValueError, RecursionError) as error:
             raise self.fail(f"{what} cannot be read ({str(error)[:120]})") from None
 
@@ -168,8 +152,8 @@ class _Reader:
             raise self.fail(f"its description is nested more than {MAX_DEPTH} levels deep")
         try:
             meta = _Meta.model_validate_json(_dumps(inner))
-        except (pydantic.ValidationError, UnicodeEncodeError) as error:
-            raise self.fail(_why(error)) from None
+        except pydantic.ValidationError as error:
+            raise self.fail(explain(error)) from None
         records = tuple(self._record(number, entry) for number, entry in enumerate(inner["ops"]))
         if len(meta.effects) != len(records):
             raise self.fail(f"it lists {len(meta.effects)} effects for {len(records)} operations")
@@ -187,8 +171,8 @@ class _Reader:
             raise self.fail(f"operation {number} is of the unknown kind {str(kind)[:64]!r}", hint)
         try:
             return KINDS[kind].Record.model_validate_json(_dumps(entry))
-        except (pydantic.ValidationError, UnicodeEncodeError) as error:
-            raise self.fail(f"operation {number} ({kind}): {_why(error)}") from None
+        except pydantic.ValidationError as error:
+            raise self.fail(f"operation {number} ({kind}): {explain(error)}") from None
 
     def _compare(self, outer: dict[str, Any], header: Header) -> None:
         """Compare the table of tensors with what the operations announce, for a message that says what is wrong."""
@@ -273,10 +257,35 @@ def describe(header: Header) -> str:
     )
 
 
+def strict_json(raw: bytes) -> Any:
+    """JSON without repeated keys, NaN, infinities, numbers of absurd length or halves of characters. Raises ValueError, RecursionError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key appears twice")
+        return found
+
+    def refuse(text: str) -> Any:
+        raise ValueError(f"{text[:20]} is not a number that can be kept")
+
+    def whole(text: str) -> int:
+        return int(text) if len(text) <= 20 else refuse(text)
+
+    def real(text: str) -> float:
+        value = float(text) if len(text) <= 40 else refuse(text)
+        return value if abs(value) != float("inf") else refuse(text)
+
+    value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_int=whole, parse_float=real)
+    if rb"\ud" in raw.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be encoded
+    return value
+
+
 def plain(value: Any, what: str) -> Any:
     """A deep copy of JSON-able data. Raises PatchFormatError for anything that JSON cannot say, such as NaN."""
     try:
-        copied = json.loads(_dumps(value))
+        copied = strict_json(_dumps(value).encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise PatchFormatError(
             f"The patch's {what} cannot be written as JSON: {error}.", "Use numbers, texts, lists and mappings; no NaN."
@@ -325,6 +334,3 @@ def _depth(value: Any) -> int:
         level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
     return depth
 
-
-def _why(error: Exception) -> str:
-    return explain(error) if isinstance(error, pydantic.ValidationError) else "its texts are not valid Unicode"

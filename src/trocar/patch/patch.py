@@ -18,7 +18,7 @@ from trocar.patch import format as file_format
 from trocar.patch.actions import Action, Target, Write, total
 from trocar.patch.format import Header
 from trocar.patch.ops import KINDS, Op
-from trocar.patch.record import Base, Effect, Spec, dtype_code, torch_dtype
+from trocar.patch.record import MAX_NAME, Base, Effect, Spec, dtype_code, torch_dtype
 
 Verify = Literal["full", "touched", "structure"]
 
@@ -44,6 +44,9 @@ class Patch:
         set_("effects", tuple(self.effects) or (None,) * len(self.ops))
         set_("settings", file_format.plain(dict(self.settings), "settings"))
         set_("measurements", tuple(file_format.plain([dict(one) for one in self.measurements], "measurements")))
+        set_("method", file_format.plain(str(self.method), "method"))
+        if len(self.method) > MAX_NAME:
+            raise PatchFormatError(f"The name of the patch's method has {len(self.method)} characters.", f"At most {MAX_NAME} are kept.")
         if len(self.effects) != len(self.ops):
             raise PatchFormatError(f"The patch has {len(self.effects)} effects for {len(self.ops)} operations.", "Use Patch.of.")
         if any(op.Record.removes for op in self.ops[:-1]):

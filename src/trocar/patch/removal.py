@@ -93,42 +93,39 @@ class Removal:
 
     def _resize(self, tower: Tower) -> None:
         """Bring the sizes that modules and the config remember in line with the new shapes."""
-        heads, kv_heads = (
-            [tower.heads(layer) for layer in range(tower.n_layers)],
-            [tower.kv_heads(layer) for layer in range(tower.n_layers)],
-        )
         name = next(key for key, value in self.target.anatomy.towers.items() if value is tower)
-        uniform = len(set(zip(heads, kv_heads, strict=True))) == 1
-        for layer in range(tower.n_layers):
-            if (name, layer) not in self.surgery.heads:
-                continue
-            size = heads[layer] * tower.head_size(layer)
-            values = {"heads": heads[layer], "kv_heads": kv_heads[layer], "group": heads[layer] // kv_heads[layer], "size": size}
-            for owner in attention_owners(tower, layer):
-                for key, what in ATTENTION_SIZES.items():
-                    if isinstance(owner.__dict__.get(key), int):
-                        self._set(owner.__dict__, key, values[what])
-                reads = {"num_attention_heads": heads[layer], "num_key_value_heads": kv_heads[layer]}
-                asked = set(inspect.unwrap(type(owner).forward).__code__.co_names) - set(owner.__dict__)
-                if not uniform and "config" in owner.__dict__ and asked & set(reads):
-                    own = copy.copy(owner.__dict__["config"])  # this forward asks the config, which blocks with other numbers share
-                    for key, value in reads.items():
-                        own.__dict__[_real(own, key)] = value
-                    self._set(owner.__dict__, "config", own)
+        stay = self.surgery.blocks.get(tower.blocks_path, range(tower.n_layers))
+        heads, kv_heads, neurons = ({layer: count(layer) for layer in stay} for count in (tower.heads, tower.kv_heads, tower.neurons))
+        uniform = len(set(heads.values())) == len(set(kv_heads.values())) == 1
+        for layer in (layer for layer in stay if (name, layer) in self.surgery.heads):
+            self._resize_attention(tower, layer, heads[layer], kv_heads[layer], uniform)
         if uniform and any(key == name for key, _ in self.surgery.heads):
-            self._configure(tower.config, "num_attention_heads", heads[0])
-            self._configure(tower.config, "num_key_value_heads", kv_heads[0])
-            if heads[0] * tower.head_size(0) != tower.width and "head_dim" in tower.config.__dict__:
-                self._configure(tower.config, "head_dim", tower.head_size(0))
-        neurons = [tower.neurons(layer) for layer in range(tower.n_layers)]
-        for layer in range(tower.n_layers):
-            for owner in {tower.module(layer, role) for role in ("mlp",) if tower.has(layer, role)}:
-                for key in NEURON_SETTINGS:
-                    if (name, layer) in self.surgery.neurons and isinstance(owner.__dict__.get(key), int):
-                        self._set(owner.__dict__, key, neurons[layer])
-        if len(set(neurons)) == 1 and any(key == name for key, _ in self.surgery.neurons):
+            self._configure(tower.config, "num_attention_heads", heads[stay[0]])
+            self._configure(tower.config, "num_key_value_heads", kv_heads[stay[0]])
+            if heads[stay[0]] * tower.head_size(stay[0]) != tower.width and "head_dim" in tower.config.__dict__:
+                self._configure(tower.config, "head_dim", tower.head_size(stay[0]))
+        for layer in (layer for layer in stay if (name, layer) in self.surgery.neurons and tower.has(layer, "mlp")):
+            owner = tower.module(layer, "mlp")
             for key in NEURON_SETTINGS:
-                self._configure(tower.config, key, neurons[0])
+                if isinstance(owner.__dict__.get(key), int):
+                    self._set(owner.__dict__, key, neurons[layer])
+        if len(set(neurons.values())) == 1 and any(key == name for key, _ in self.surgery.neurons):
+            for key in NEURON_SETTINGS:
+                self._configure(tower.config, key, neurons[stay[0]])
+
+    def _resize_attention(self, tower: Tower, layer: int, heads: int, kv_heads: int, uniform: bool) -> None:
+        values = {"heads": heads, "kv_heads": kv_heads, "group": heads // kv_heads, "size": heads * tower.head_size(layer)}
+        for owner in attention_owners(tower, layer):
+            for key, what in ATTENTION_SIZES.items():
+                if isinstance(owner.__dict__.get(key), int):
+                    self._set(owner.__dict__, key, values[what])
+            reads = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+            asked = set(inspect.unwrap(type(owner).forward).__code__.co_names) - set(owner.__dict__)
+            if not uniform and "config" in owner.__dict__ and asked & set(reads):
+                own = copy.copy(owner.__dict__["config"])  # this forward asks the config, which blocks with other numbers share
+                for key, value in reads.items():
+                    own.__dict__[_real(own, key)] = value
+                self._set(owner.__dict__, "config", own)
 
     def _configure(self, config: Any, key: str, value: Any) -> None:
         key = _real(config, key)
