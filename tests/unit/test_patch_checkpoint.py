@@ -397,7 +397,7 @@ def test_a_peft_model_with_more_than_lora_is_refused(saved):
 
 
 def test_merging_takes_the_memory_of_about_one_tensor(tmp_path):
-    """A checkpoint of 8 blocks of 3 x 4 MiB matrices in many shards is merged by a process that may not have 40 MiB more than at its start."""
+    """A checkpoint of 8 blocks of 3 x 4 MiB matrices in many shards is merged by a process that may not have 32 MiB more than at its start."""
     config = transformers.LlamaConfig(
         hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, vocab_size=64, tie_word_embeddings=True
     )
@@ -420,7 +420,7 @@ def data():
 resource.setrlimit(resource.RLIMIT_DATA, (data() + int(sys.argv[4]), resource.RLIM_INFINITY))
 merge_into(patch, sys.argv[2], sys.argv[3])
 """
-    budget = 10 * largest
+    budget = 8 * largest
     arguments = [sys.executable, "-c", code, str(tmp_path / "p"), str(tmp_path / "base"), str(tmp_path / "merged"), str(budget)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)

@@ -128,7 +128,7 @@ class Write:
 
     def change(self, tensor: torch.Tensor) -> None:
         """The same for a tensor that is not in the model, in place, without a way back."""
-        self.place.write(tensor, self._new(self.place.read(tensor)))
+        self.place.write(tensor, self._new(tensor if self.place.index is None else self.place.read(tensor)))
 
     def _new(self, old: torch.Tensor) -> torch.Tensor:
         new = self.compute(old)

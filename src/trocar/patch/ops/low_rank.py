@@ -116,5 +116,5 @@ def updated(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 
     wide = torch.float64 if torch.float64 in (weight.dtype, a.dtype) else torch.float32
     delta = b.to(weight.device, wide) @ a.to(weight.device, wide)
-    delta = (delta.T if transposed else delta) * scale
-    return (weight.to(wide) + delta).to(weight.dtype)
+    delta = delta.T if transposed else delta
+    return delta.mul_(scale).add_(weight).to(weight.dtype)  # in place: at a time, one matrix beside the weight
