@@ -82,9 +82,11 @@ def test_every_operation_changes_the_output_and_leaves_no_trace(models, dtype, n
         patch = Patch.of(model, operations(model)[name], method="test", settings={"step": 1e-3})
         patch.save(tmp_path / "p.safetensors")
         loaded = Patch.load(tmp_path / "p.safetensors")
-        assert loaded == patch and loaded.nbytes == (tmp_path / "p.safetensors").stat().st_size
+        assert loaded == patch
+        assert loaded.nbytes == (tmp_path / "p.safetensors").stat().st_size
         applied = loaded.apply(model)
-        assert applied.effects == patch.effects and all(effect.changed > 0 for effect in applied.effects)
+        assert applied.effects == patch.effects
+        assert all(effect.changed > 0 for effect in applied.effects)
         assert not torch.equal(model(**inputs).logits, base)
         applied.revert()
         assert torch.equal(model(**inputs).logits, base)
@@ -106,7 +108,8 @@ def test_sparse_replace_takes_the_smallest_layout_and_is_exact(llama):
         op = SparseReplace.between(f"{UP}.weight", weight, after, layout=layout)
         assert op.layout == layout
         with Patch.of(llama, [op]).applied(llama) as applied:
-            assert torch.equal(weight, after) and applied.effects[0].changed == 1
+            assert torch.equal(weight, after)
+            assert applied.effects[0].changed == 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -231,7 +234,8 @@ def test_a_vector_acts_in_generation_until_it_is_reverted(llama):
     steered = llama.generate(**inputs, max_new_tokens=4, do_sample=False)
     without_cache = llama.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=False)
     applied.revert()
-    assert torch.equal(steered, without_cache) and not torch.equal(steered, plain)
+    assert torch.equal(steered, without_cache)
+    assert not torch.equal(steered, plain)
     assert torch.equal(llama.generate(**inputs, max_new_tokens=4, do_sample=False), plain)
 
 
@@ -273,7 +277,8 @@ def test_bad_operations_are_refused_with_the_model_untouched(llama, make, error,
     before = fingerprint(llama)
     with pytest.raises(error, match=says) as caught:
         Patch.of(llama, [rows_changed(llama), make(llama)])
-    assert isinstance(caught.value, TrocarError) and "docs/errors" in str(caught.value)
+    assert isinstance(caught.value, TrocarError)
+    assert "docs/errors" in str(caught.value)
     assert fingerprint(llama) == before
 
 
@@ -353,7 +358,9 @@ def test_rebase_makes_a_patch_for_another_dtype(llama, models):
     model = models[torch.bfloat16]
     patch = Patch.of(llama, operations(llama)["several"], measurements=[{"name": "accuracy", "after": 1.0}])
     moved = patch.rebase(model)
-    assert moved.base.dtype == "BF16" and moved.measurements == () and moved.ops[0].values.dtype == torch.bfloat16
+    assert moved.base.dtype == "BF16"
+    assert moved.measurements == ()
+    assert moved.ops[0].values.dtype == torch.bfloat16
     with moved.applied(model):
         pass
 

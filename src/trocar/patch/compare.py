@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trocar.anatomy import Anatomy, FileTensor, fingerprint, structure_fingerprint, tensor_fingerprint
+from trocar.anatomy import Anatomy, FileTensor, fingerprint, structure_fingerprint
 from trocar.core.errors import EditError, PatchBaseError
 from trocar.patch.actions import effect
 from trocar.patch.checkpoint import entries, match, read_tensor, scan, skeleton
@@ -24,8 +24,8 @@ from trocar.patch.record import Base, Effect, dtype_code
 def diff(base: Any, edited: Any, low_rank: float | None = None) -> Patch:
     """The patch that turns `base` into `edited`, parameter by parameter in the smallest form (whole, rows, columns, entries).
 
-    base, edited: two loaded models, or two checkpoint folders, which are read one tensor at a time. low_rank: for weight matrices, the largest
-    relative error (Frobenius norm of the rest over that of the change) at which a low-rank update is taken where it is smaller;
+    base, edited: two loaded models, or two checkpoint folders, which are read one tensor at a time. low_rank: for weight matrices, the
+    largest relative error (Frobenius norm of the rest over that of the change) at which a low-rank update is taken where it is smaller;
     None (default) is lossless: `base` with the patch is `edited` bit for bit. Equal models give a patch without operations.
 
     Raises PatchBaseError if names, shapes or dtypes differ, DataError and ExportError for folders that cannot be read or matched.
@@ -158,6 +158,3 @@ def joint_fingerprint(digests: dict[str, str]) -> str:
     for name in sorted(digests):
         total.update(f"{name}\0{digests[name]}\n".encode())
     return total.hexdigest()
-
-
-__all__ = ["diff", "joint_fingerprint", "tensor_fingerprint"]

@@ -24,7 +24,7 @@ def export(
     to: Literal["checkpoint", "peft"] = "checkpoint",
     tokenizer_from: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write the patched model (`to="checkpoint"`), or the patch alone as a LoRA adapter (`to="peft"`), as a folder that loads without Trocar.
+    """Write the patched model (`to="checkpoint"`) or the patch alone as a LoRA adapter (`to="peft"`): a folder that loads without Trocar.
 
     model_or_folder: the base, loaded or as a checkpoint's folder; a folder is rewritten shard by shard (`merge_into`), a loaded model is
     patched, saved with save_pretrained and restored. tokenizer_from: a folder whose other files (tokenizer, ...) are copied along.

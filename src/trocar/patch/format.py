@@ -159,9 +159,7 @@ class _Reader:
             raise self.fail(f"it lists {len(meta.effects)} effects for {len(records)} operations")
         if any(record.removes for record in records[:-1]):
             raise self.fail("something comes after a removal, which must be the last operation")
-        start = 8 + _header_length(inner, records)
-        nbytes = start + sum(spec.nbytes for _, spec in layout(records))
-        header = Header(meta.base, records, meta.effects, meta.method, meta.settings, meta.measurements, meta.digest, nbytes)
+        header = Header(meta.base, records, meta.effects, meta.method, meta.settings, meta.measurements, meta.digest, self.size)
         return header, describe(header)
 
     def _record(self, number: int, entry: Any) -> Record:
@@ -197,7 +195,7 @@ class _Reader:
         last, done = -1, 0
         while done < spec.nbytes:
             part = scratch[done : done + _CHUNK] if buffer is not None else scratch[: spec.nbytes - done]
-            if self.file.readinto(part) != len(part):
+            if self.file.readinto(part) != len(part):  # type: ignore[attr-defined]
                 raise self.fail("its end is missing")
             digest.update(part)
             if spec.extent is not None:
@@ -309,10 +307,6 @@ def _outer(described: str, ops: Sequence[Any]) -> bytes:
     return raw + b" " * (-len(raw) % 8)
 
 
-def _header_length(inner: Any, ops: Sequence[Any]) -> int:
-    return len(_outer(_dumps(inner), ops))
-
-
 _STYLE: dict[str, Any] = {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": True, "allow_nan": False}
 
 
@@ -333,4 +327,3 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
     return depth
-

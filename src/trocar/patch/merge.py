@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,9 @@ def merge_into(
 ) -> dict[str, Any]:
     """Make the checkpoint `target` from `source` with the patch built in, in the memory of about one tensor.
 
-    Files are rewritten one after the other, tensors that the patch does not touch are copied byte for byte, configuration and tokenizer too;
-    `target` appears when it is complete. The result equals apply and save_pretrained. Contents of touched tensors are compared with the
-    base's fingerprints first.
+    Files are rewritten one after the other; tensors that the patch does not touch are copied byte for byte, and so are configuration and
+    tokenizer; `target` appears when it is complete. The result equals apply and save_pretrained. Contents of touched tensors are compared
+    with the base's fingerprints first.
 
     Returns {"tensors": changed, "removed": ..., "bytes": ..., "files": ...}.
     Raises PatchBaseError (another base), ExportError (a vector without a bias to go to, a removal that no config can say, `target` exists,
@@ -152,7 +151,7 @@ def bias_step(op: AddVector, target: Target) -> Write:
     from trocar.patch.actions import Place
     from trocar.patch.ops.vector import resolve
 
-    (weight := op.plan(target)) and weight.clear()  # planning checks sizes and values
+    op.plan(target)  # checks sizes and values
     bias, through = bias_of(op, target)
 
     def add(old: torch.Tensor) -> torch.Tensor:
@@ -222,10 +221,9 @@ def _block_pattern(anatomy: Anatomy, tower: Any, tensors: list[FileTensor]) -> r
     saved, keys = saved_names(anatomy.model), {tensor.name for tensor in tensors}
     prefixes = set()
     for name, _ in tower.blocks[0].named_parameters(prefix=f"{tower.blocks_path}.0"):
-        for key in (name, saved.get(name, name)):
-            for spelt in spellings(anatomy.model, key):
-                if spelt in keys:
-                    prefixes.add(spelt[: re.search(r"(?<=\.)0(?=\.)", spelt).start()] if re.search(r"(?<=\.)0(?=\.)", spelt) else spelt)
+        spelt = [one for key in (name, str(saved.get(name, name))) for one in spellings(anatomy.model, key)]
+        found = [re.fullmatch(r"(.*?\.|)0\..+", one) for one in spelt if one in keys]
+        prefixes.update(one[1] for one in found if one)
     if len(prefixes) != 1:
         raise ExportError(
             f"The blocks of {tower.blocks_path} cannot be found among the checkpoint's names.", "Load the model and export that."
@@ -240,9 +238,3 @@ def _renamed(key: str, layers: list[tuple[re.Pattern[str], tuple[int, ...]]]) ->
             number = int(found[2])
             return f"{found[1]}{kept_blocks.index(number)}{found[3]}" if number in kept_blocks else None
     return key
-
-
-def iterate(items: dict[str, list[FileTensor]]) -> Iterator[tuple[str, FileTensor]]:
-    """(parameter, its first tensor) pairs."""
-    for name, found in items.items():
-        yield name, found[0]

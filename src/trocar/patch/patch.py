@@ -27,8 +27,8 @@ Verify = Literal["full", "touched", "structure"]
 class Patch:
     """A change to one model: operations, the base they belong to, and what was measured when the patch was made.
 
-    base: made by `Base.of(model, ops)`. ops: carried out in order. method, settings, measurements: what made it, as JSON-able data. effects: what
-    every operation changed. `Patch.of` fills base and effects in; two patches are equal if their files would be.
+    base: made by `Base.of(model, ops)`. ops: carried out in order. method, settings, measurements: what made it, as JSON-able data.
+    effects: what every operation changed. `Patch.of` fills base and effects in; two patches are equal if their files would be.
     """
 
     base: Base
@@ -78,8 +78,8 @@ class Patch:
 
         verify: `full` compares the fingerprint of the whole model with the base's (about a second per gigabyte), `touched` only those of
         the parameters that the patch writes, `structure` only names and shapes.
-        Raises PatchBaseError (another base), PatchStateError (already applied), ComponentError, and EditError (NaN or infinite values without
-        allow_nonfinite, a gate that no weights can express, an operation that changes nothing).
+        Raises PatchBaseError (another base), PatchStateError (already applied), ComponentError, and EditError (NaN or infinite values
+        without allow_nonfinite, a gate that no weights can express, an operation that changes nothing).
         """
         target = Target(Anatomy.of(model), allow_nonfinite)
         if any(one.patch.digest == self.digest for one in active(target.model)):
@@ -305,4 +305,4 @@ def check_base(patch: Patch, target: Target, verify: Verify) -> None:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, little-endian."""
     assert dtype_code(tensor.dtype) is not None
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -106,7 +106,8 @@ class Effect(Strict):
 class Base(Strict):
     """The model that a patch belongs to, in fingerprints (`trocar.anatomy.fingerprint` and its kin).
 
-    fingerprint: of all values; structure: of all names and shapes; dtype: of most entries; tensors: of the parameters that the patch touches.
+    fingerprint: of all values; structure: of all names and shapes; dtype: of most entries; tensors: of the parameters that the
+    patch touches.
     """
 
     fingerprint: Name

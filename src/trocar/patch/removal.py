@@ -202,4 +202,6 @@ def refuse_inexpressible(model: Any) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
     for name, parameter in model.named_parameters():
         if wanted.get(name) != tuple(parameter.shape):
-            raise UnsupportedModelError(f"{name} has shape {tuple(parameter.shape)}, by the config it would be {wanted.get(name, 'missing')}.")
+            raise UnsupportedModelError(
+                f"{name} has shape {tuple(parameter.shape)}, by the config it would be {wanted.get(name, 'missing')}."
+            )

@@ -48,7 +48,10 @@ class Stack:
         return found
 
     def apply(self, model: Any, verify: Verify = "full", allow_nonfinite: bool = False) -> AppliedStack:
-        """Apply all, or none. Raises PatchOverlapError if two write the same place and on_overlap is "refuse", and what `Patch.apply` raises."""
+        """Apply all, or none.
+
+        Raises PatchOverlapError if two write the same place and on_overlap is "refuse", and what `Patch.apply` raises.
+        """
         target = Target(Anatomy.of(model), allow_nonfinite)
         for patch in self.patches:
             if any(one.patch.digest == patch.digest for one in active(target.model)):
@@ -86,8 +89,8 @@ class Stack:
 def stack(patches: Sequence[Patch], on_overlap: Literal["refuse", "order"] = "refuse") -> Stack:
     """Patches of one base, to be applied together.
 
-    on_overlap: "refuse" (default) raises when two write the same entry, point or part; "order" lets them act in the given order, each on what
-    the ones before it left: a later replacement wins, updates, gates and vectors add up.
+    on_overlap: "refuse" (default) raises when two write the same entry, point or part; "order" lets them act in the given order, each on
+    what the ones before it left: a later replacement wins, updates, gates and vectors add up.
     Raises PatchBaseError if they belong to different bases, PatchOverlapError if one is there twice or a removal is not the last.
     """
     patches = tuple(patches)

@@ -72,8 +72,8 @@ class Adapter:
     """LoRA factors of several modules: W += scale * B @ A.
 
     factors: module name in the model -> `Factors`, all of one dtype. task: PEFT's task type; dropout: that of the training; both only
-    travel to the exported folder. Made from a trained `PeftModel` by `Adapter.of`, from a folder by `Adapter.from_peft`. The sum is taken in
-    float32 and rounded once to the weight's dtype. Raises PatchFormatError when factors do not fit together.
+    travel to the exported folder. Made from a trained `PeftModel` by `Adapter.of`, from a folder by `Adapter.from_peft`. The sum is taken
+    in float32 and rounded once to the weight's dtype. Raises PatchFormatError when factors do not fit together.
     """
 
     factors: Mapping[str, Factors]
@@ -90,8 +90,8 @@ class Adapter:
             if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
                 shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
                 raise PatchFormatError(f"adapter of {name}: factors of shape {shapes} are not (rank, in) and (out, rank).")
-            copies = (part.detach().cpu().clone().contiguous() for part in (a, b))
-            cleaned[name] = Factors(*copies, float(scale), bool(transposed))
+            a, b = (part.detach().cpu().clone().contiguous() for part in (a, b))
+            cleaned[name] = Factors(a, b, float(scale), bool(transposed))
         own(self, "factors", cleaned)
         dtypes = {part.dtype for factors in cleaned.values() for part in factors[:2]}
         if len(dtypes) != 1:

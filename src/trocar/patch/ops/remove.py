@@ -70,10 +70,10 @@ class Surgery:
 class Remove:
     """Take heads, neurons and blocks out. Must be the last operation of a patch, the others name things as they were before.
 
-    components: heads, neurons and blocks, as objects or names. With grouped queries the query heads that remain must be equally many in every
-    group that remains; a group that loses all its heads loses its key and value too. A block, and a block's last head or neuron,
-    goes only as a whole block. `revert` puts the very same modules and parameters back. Raises PatchFormatError for other components;
-    `apply` raises ComponentError and EditError.
+    components: heads, neurons and blocks, as objects or names. With grouped queries the query heads that remain must be equally many in
+    every group that remains; a group that loses all its heads loses its key and value too. A block's last head or neuron goes only with
+    the whole block. `revert` puts the very same modules and parameters back. Raises PatchFormatError for other components; `apply` raises
+    ComponentError and EditError.
     """
 
     components: Sequence[Any]
