@@ -1,0 +1,55 @@
+"""Floor 3: a change to a model as data - apply, revert, stack, diff, save, merge, export.
+
+Names are imported when they are first used, so that `read_header` works without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trocar.patch.compare import diff
+    from trocar.patch.exporting import export
+    from trocar.patch.format import Header, read_header
+    from trocar.patch.merge import merge_into
+    from trocar.patch.ops import KINDS, Op
+    from trocar.patch.ops.adapter import Adapter, Factors
+    from trocar.patch.ops.gate import Gate
+    from trocar.patch.ops.low_rank import LowRank
+    from trocar.patch.ops.remove import Remove
+    from trocar.patch.ops.sparse import SparseReplace
+    from trocar.patch.ops.vector import AddVector
+    from trocar.patch.patch import Applied, Patch
+    from trocar.patch.record import Base, Effect
+    from trocar.patch.stacking import AppliedStack, Overlap, Stack, stack
+
+_HOMES = {
+    "compare": ("diff",),
+    "exporting": ("export",),
+    "format": ("Header", "read_header"),
+    "merge": ("merge_into",),
+    "ops": ("KINDS", "Op"),
+    "ops.adapter": ("Adapter", "Factors"),
+    "ops.gate": ("Gate",),
+    "ops.low_rank": ("LowRank",),
+    "ops.remove": ("Remove",),
+    "ops.sparse": ("SparseReplace",),
+    "ops.vector": ("AddVector",),
+    "patch": ("Applied", "Patch"),
+    "record": ("Base", "Effect"),
+    "stacking": ("AppliedStack", "Overlap", "Stack", "stack"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [
+    "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Overlap",
+    "Patch", "Remove", "SparseReplace", "Stack", "diff", "export", "merge_into", "read_header", "stack",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,176 @@
+"""LoRA adapters as `peft` keeps them: read from a model or a folder, written to a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trocar.core.errors import ExportError, PatchFormatError
+from trocar.core.files import read_json, write_json
+from trocar.patch.actions import Target
+from trocar.patch.checkpoint import Source, entries, new_folder, read_tensor, write_file
+from trocar.patch.ops.adapter import Adapter, Factors
+from trocar.patch.ops.low_rank import LowRank
+from trocar.patch.patch import Patch, raw_bytes
+from trocar.patch.record import dtype_code
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PLAIN = "Only plain LoRA on linear maps can be a patch: no DoRA, no biases, no modules_to_save, no embeddings."
+
+
+def from_model(model: Any, adapter: str = "default") -> Adapter:
+    """The factors of one LoRA adapter of a `PeftModel`. Raises PatchFormatError for anything but plain LoRA on linear maps."""
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if config is None:
+        known = ", ".join(getattr(model, "peft_config", {})) or "none"
+        raise PatchFormatError(f"The model has no adapter '{adapter}'.", f"It has: {known}.")
+    _refuse(config.to_dict(), f"The adapter '{adapter}'")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    factors = {}
+    for name, module in base.named_modules():
+        if adapter in getattr(module, "lora_embedding_A", {}) or adapter in getattr(module, "lora_magnitude_vector", {}):
+            raise PatchFormatError(f"The adapter '{adapter}' changes {name} in a way other than B @ A.", _PLAIN)
+        if adapter not in getattr(module, "lora_A", {}):
+            continue
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        if a.weight.dim() != 2 or b.bias is not None:
+            raise PatchFormatError(f"The adapter '{adapter}' changes {name} in a way other than B @ A.", _PLAIN)
+        factors[name] = Factors(a.weight, b.weight, float(module.scaling[adapter]), bool(module.fan_in_fan_out))
+    if not factors:
+        raise PatchFormatError(f"The adapter '{adapter}' has no LoRA factors.", _PLAIN)
+    task = getattr(config.task_type, "value", config.task_type)
+    return Adapter(factors, task, float(config.lora_dropout or 0.0))
+
+
+def from_folder(folder: str | os.PathLike[str]) -> Adapter:
+    """Read a PEFT folder. Only its JSON and its tensors are read. Raises PatchFormatError."""
+    folder = Path(folder)
+    try:
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError) as error:
+        raise PatchFormatError(f"{folder / CONFIG} cannot be read: {error}.", "Give a folder written by save_pretrained.") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise PatchFormatError(f"{folder} does not hold a LoRA adapter.", _PLAIN)
+    _refuse(config, str(folder))
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, entry in entries(folder / WEIGHTS).items():
+        found = _KEY.fullmatch(key)
+        if found is None or len(entry.shape) != 2:
+            raise PatchFormatError(f"{folder / WEIGHTS} holds '{key[:100]}', which is not a factor of a linear map.", _PLAIN)
+        pairs.setdefault(found["module"], {})[found["side"]] = read_tensor(folder / WEIGHTS, entry)
+    factors = {}
+    for name, sides in sorted(pairs.items()):
+        if set(sides) != {"A", "B"}:
+            raise PatchFormatError(f"{folder / WEIGHTS} holds only one of the two factors of {name}.", "Fetch it again.")
+        rank = sides["A"].shape[0]
+        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"), folder)
+        scale = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+        factors[name] = Factors(sides["A"], sides["B"], scale, bool(config.get("fan_in_fan_out")))
+    if not factors:
+        raise PatchFormatError(f"{folder / WEIGHTS} holds no factors.", "Fetch it again.")
+    task, dropout = config.get("task_type"), config.get("lora_dropout") or 0.0
+    return Adapter(factors, task if isinstance(task, str) else None, float(dropout))
+
+
+def _pattern(patterns: Any, name: str, default: Any, folder: Path) -> float:
+    """PEFT's alpha_pattern for a module. Names only: a regular expression from a file is not run."""
+    for key, value in (patterns or {}).items():
+        plain = key.removeprefix("^").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", plain):
+            raise PatchFormatError(f"{folder / CONFIG} has the pattern '{key[:60]}'.", "Only names of modules are read as patterns.")
+        if name == plain or (not key.startswith("^") and name.endswith(f".{plain}")):
+            default = value
+            break
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        raise PatchFormatError(f"{folder / CONFIG} has no number as lora_alpha for {name}.", "Fetch it again.")
+    return float(default)
+
+
+def _refuse(config: dict[str, Any], what: str) -> None:
+    bad = [key for key in ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters") if config.get(key)]
+    if config.get("bias", "none") != "none":
+        bad.append("bias")
+    if bad:
+        raise PatchFormatError(f"{what} uses {', '.join(bad)}.", _PLAIN)
+
+
+def combined(patch: Patch, target: Target) -> Adapter:
+    """All operations of a patch as one adapter. Raises ExportError if one is not a low-rank update of a linear map."""
+    found: dict[str, list[Factors]] = {}
+    task, dropout = None, 0.0
+    for op in patch.ops:
+        if isinstance(op, LowRank):
+            found.setdefault(op.parameter.removesuffix(".weight"), []).append(Factors(op.a, op.b, 1.0, op.transposed))
+        elif isinstance(op, Adapter):
+            task, dropout = op.task or task, op.dropout or dropout
+            for name, factors in op.factors.items():
+                found.setdefault(name, []).append(factors)
+        else:
+            raise ExportError(f"The operation {op.kind} of {op.record().where()} is no low-rank update.", "Export to a checkpoint instead.")
+    if not found:
+        raise ExportError("The patch has no operations.", "There is nothing to export.")
+    for name in found:
+        from transformers.pytorch_utils import Conv1D
+
+        try:
+            module = target.model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, torch.nn.Linear | Conv1D):
+            raise ExportError(f"{name} is not a linear map.", "Export to a checkpoint instead.")
+    return Adapter({name: _joined(parts) for name, parts in found.items()}, task, dropout)
+
+
+def _joined(parts: list[Factors]) -> Factors:
+    """Several updates of one matrix as one, of the summed rank."""
+    if len(parts) == 1:
+        return parts[0]
+    dtype = max((part.a.dtype for part in parts), key=lambda one: one.itemsize)
+    a = torch.cat([part.a.to(dtype) for part in parts])
+    b = torch.cat([part.b.to(dtype) * part.scale for part in parts], dim=1)
+    return Factors(a, b, 1.0, parts[0].transposed)
+
+
+def write_folder(adapter: Adapter, target: str | os.PathLike[str], base: str | None) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads."""
+    ranks = {name: int(a.shape[0]) for name, (a, *_) in adapter.factors.items()}
+    alphas = {name: scale * ranks[name] for name, (_, _, scale, _) in adapter.factors.items()}
+    common_rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    common_alpha = max(set(alphas.values()), key=list(alphas.values()).count)
+    transposed = {factors.transposed for factors in adapter.factors.values()}
+    if len(transposed) > 1:
+        raise ExportError("The adapter changes both Linear and Conv1D modules, which one PEFT config cannot say.", "Export a checkpoint.")
+    config = {
+        "peft_type": "LORA",
+        "task_type": adapter.task,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": common_rank,
+        "lora_alpha": _number(common_alpha),
+        "lora_dropout": adapter.dropout,
+        "target_modules": sorted(adapter.factors),
+        "rank_pattern": {f"^{name}": rank for name, rank in ranks.items() if rank != common_rank},
+        "alpha_pattern": {f"^{name}": _number(alpha) for name, alpha in alphas.items() if alpha != common_alpha},
+        "fan_in_fan_out": transposed.pop(),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    sources = []
+    for name, (a, b, *_) in adapter.factors.items():
+        for side, tensor in (("A", a), ("B", b)):
+            raw = raw_bytes(tensor)
+            key, code = f"base_model.model.{name}.lora_{side}.weight", dtype_code(tensor.dtype)
+            sources.append(Source(key, str(code), tuple(tensor.shape), len(raw), lambda handle, raw=raw: handle.write(raw)))
+    with new_folder(target) as folder:
+        write_json(folder / CONFIG, config)
+        write_file(folder / WEIGHTS, sources, {"format": "pt"})
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
