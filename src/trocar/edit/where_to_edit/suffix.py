@@ -261,7 +261,7 @@ class Rows:
 
     def __init__(self, place: Place, inputs: Mapping[str, torch.Tensor], layer: int | None = None) -> None:
         self.place = place
-        moved = {name: value.to(place.device) for name, value in inputs.items()}
+        moved = self.inputs = {name: value.to(place.device) for name, value in inputs.items()}
         self.count = len(next(iter(moved.values())))
         mask = moved.get("attention_mask")
         self._last = None if mask is None else mask.shape[1] - 1 - mask.flip(1).argmax(1)
@@ -274,6 +274,12 @@ class Rows:
         with with_leaves(leaves):
             output = self.prefix.run(rows=chosen)
         return self.read(output, chosen)
+
+    def whole(self, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits of the model as it stands, from the inputs on."""
+        chosen = None if rows is None else torch.as_tensor(rows, device=self.place.device)
+        inputs = self.inputs if chosen is None else {name: value[chosen] for name, value in self.inputs.items()}
+        return self.read(self.place.model(**inputs), chosen)
 
     def read(self, output: object, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The class logits of a model output: its `logits`, for models with one row per token those of the last real token."""
