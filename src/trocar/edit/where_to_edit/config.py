@@ -31,9 +31,9 @@ class CutMixConfig(Config):
     crop taken first (code: .25; 1 takes no crop).
     """
 
-    low: float = pydantic.Field(0.21, gt=0, lt=1)
-    high: float = pydantic.Field(0.57, gt=0, lt=1)
-    crop: float = pydantic.Field(0.25, gt=0, le=1)
+    low: float = pydantic.Field(default=0.21, gt=0, lt=1)
+    high: float = pydantic.Field(default=0.57, gt=0, lt=1)
+    crop: float = pydantic.Field(default=0.25, gt=0, le=1)
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> CutMixConfig:
@@ -52,15 +52,15 @@ class LabelConfig(Config):
     """
 
     kind: Literal["fo", "ref"] = "fo"
-    temperature: float = pydantic.Field(5.0, gt=0)
-    inner_steps: int = pydantic.Field(5, ge=1)
-    outer_steps: int = pydantic.Field(10, ge=1)
-    outer_lr: float = pydantic.Field(0.1, gt=0)
-    decay: float = pydantic.Field(0.99, ge=0, lt=1)
-    mask_scale: float = pydantic.Field(10.0, gt=0)
-    label_scale: float = pydantic.Field(3.0, gt=0)
-    alpha: float | Auto = pydantic.Field("auto")
-    sparsity_weight: float | Auto = pydantic.Field("auto")
+    temperature: float = pydantic.Field(default=5.0, gt=0)
+    inner_steps: int = pydantic.Field(default=5, ge=1)
+    outer_steps: int = pydantic.Field(default=10, ge=1)
+    outer_lr: float = pydantic.Field(default=0.1, gt=0)
+    decay: float = pydantic.Field(default=0.99, ge=0, lt=1)
+    mask_scale: float = pydantic.Field(default=10.0, gt=0)
+    label_scale: float = pydantic.Field(default=3.0, gt=0)
+    alpha: float | Auto = "auto"
+    sparsity_weight: float | Auto = "auto"
 
     @pydantic.field_validator("alpha", "sparsity_weight")
     @classmethod
@@ -81,21 +81,21 @@ class HypernetworkConfig(Config):
     """
 
     first_block: int | None = None
-    blocks: int = pydantic.Field(3, ge=1)
+    blocks: int = pydantic.Field(default=3, ge=1)
     tower: str | None = None
-    pairs: int = pydantic.Field(2048, ge=4)
-    chunk: int = pydantic.Field(64, ge=1)
+    pairs: int = pydantic.Field(default=2048, ge=4)
+    chunk: int = pydantic.Field(default=64, ge=1)
     cutmix: CutMixConfig = CutMixConfig()
     labels: LabelConfig = LabelConfig()
-    depth: int = pydantic.Field(3, ge=1)
-    heads: int | None = pydantic.Field(None, ge=1)
-    lr: float = pydantic.Field(1e-4, gt=0)
-    batch: int = pydantic.Field(8, ge=1)
-    steps_per_batch: int = pydantic.Field(4, ge=1)
-    loss_scale: float = pydantic.Field(0.1, gt=0)
-    epochs: int = pydantic.Field(25, ge=1)
-    patience: int = pydantic.Field(5, ge=1)
-    held_out: float = pydantic.Field(0.125, gt=0, lt=1)
+    depth: int = pydantic.Field(default=3, ge=1)
+    heads: int | None = pydantic.Field(default=None, ge=1)
+    lr: float = pydantic.Field(default=1e-4, gt=0)
+    batch: int = pydantic.Field(default=8, ge=1)
+    steps_per_batch: int = pydantic.Field(default=4, ge=1)
+    loss_scale: float = pydantic.Field(default=0.1, gt=0)
+    epochs: int = pydantic.Field(default=25, ge=1)
+    patience: int = pydantic.Field(default=5, ge=1)
+    held_out: float = pydantic.Field(default=0.125, gt=0, lt=1)
 
 
 class EditConfig(Config):
@@ -110,28 +110,28 @@ class EditConfig(Config):
     model on ordinary images, when such images are given (ours). optimiser `sgd` has momentum, `adamw` weight decay (ours).
     """
 
-    keep: float = pydantic.Field(0.05, gt=0, le=1)
+    keep: float = pydantic.Field(default=0.05, gt=0, le=1)
     first_block: int | None = None
-    blocks: int = pydantic.Field(3, ge=1)
+    blocks: int = pydantic.Field(default=3, ge=1)
     tower: str | None = None
     optimiser: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
-    lr: float = pydantic.Field(2e-5, gt=0)
-    momentum: float = pydantic.Field(0.0, ge=0, lt=1)
-    weight_decay: float = pydantic.Field(0.0, ge=0)
-    decay: float = pydantic.Field(0.99, ge=0, lt=1)
-    steps: int = pydantic.Field(100, ge=0)
-    stop_ce: float = pydantic.Field(0.01, ge=0)
-    stop_margin: float | None = pydantic.Field(None, ge=0)
+    lr: float = pydantic.Field(default=2e-5, gt=0)
+    momentum: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
+    decay: float = pydantic.Field(default=0.99, ge=0, lt=1)
+    steps: int = pydantic.Field(default=100, ge=0)
+    stop_ce: float = pydantic.Field(default=0.01, ge=0)
+    stop_margin: float | None = pydantic.Field(default=None, ge=0)
     force: bool = False
     penalty: Literal["l1", "l2"] | None = None
-    penalty_weight: float = pydantic.Field(0.0, ge=0)
+    penalty_weight: float = pydantic.Field(default=0.0, ge=0)
     first_step: Literal["same", "sgd"] = "same"
-    first_step_lr: float = pydantic.Field(2e-5, gt=0)
+    first_step_lr: float = pydantic.Field(default=2e-5, gt=0)
     shrink: bool = False
-    shrink_steps: int = pydantic.Field(8, ge=1)
-    locality_weight: float = pydantic.Field(0.0, ge=0)
-    locality_temperature: float = pydantic.Field(1.0, gt=0)
-    batch: int | None = pydantic.Field(None, ge=1)
+    shrink_steps: int = pydantic.Field(default=8, ge=1)
+    locality_weight: float = pydantic.Field(default=0.0, ge=0)
+    locality_temperature: float = pydantic.Field(default=1.0, gt=0)
+    batch: int | None = pydantic.Field(default=None, ge=1)
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -97,5 +97,7 @@ def random_resized_crop(image: torch.Tensor, smallest: float, stream: torch.Gene
             top = int(torch.randint(0, height - rows + 1, (), generator=stream))
             left = int(torch.randint(0, width - columns + 1, (), generator=stream))
             part = image[None, :, top : top + rows, left : left + columns]
-            return F.interpolate(part.float(), size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0].to(image.dtype)
+            return F.interpolate(part.float(), size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0].to(
+                image.dtype
+            )
     return image

@@ -207,7 +207,9 @@ def _inputs(place: Place, inputs: Inputs) -> dict[str, torch.Tensor]:
                 "Prepare them with the model's own image processor (grey images become RGB there).",
             )
         if not pixels.is_floating_point():
-            raise DataError(f"The images hold {pixels.dtype} values, not normalised floats.", "Prepare them with the model's own processor.")
+            raise DataError(
+                f"The images hold {pixels.dtype} values, not normalised floats.", "Prepare them with the model's own processor."
+            )
         if not pixels.isfinite().all():
             raise DataError("The images hold NaN or infinite values.", "Look at how they were loaded.")
     lengths = {name: len(value) for name, value in found.items()}
@@ -221,7 +223,9 @@ def _groups(groups: Sequence[Sequence[int]] | None, count: int) -> torch.Tensor:
         return torch.arange(count)[:, None]
     sizes = {len(group) for group in groups}
     if len(sizes) != 1 or 0 in sizes:
-        raise DataError(f"The groups have {sorted(sizes) or 'no'} members.", "Edits that run together need equally many images; call per size.")
+        raise DataError(
+            f"The groups have {sorted(sizes) or 'no'} members.", "Edits that run together need equally many images; call per size."
+        )
     found = torch.tensor([list(group) for group in groups])
     if found.min() < 0 or found.max() >= count:
         raise DataError(f"A group names row {int(found.max())} of {count} rows.", "Rows count from 0.")
@@ -290,7 +294,9 @@ def edit_sequence(
         for row in range(len(labels)):
             edits = one(row)
             results.append(edits[0])
-            opened.append(edits.masks[0] if edits.masks is not None and edits.changes[0] else torch.zeros(place.rows, place.entries, dtype=torch.bool))
+            opened.append(
+                edits.masks[0] if edits.masks is not None and edits.changes[0] else torch.zeros(place.rows, place.entries, dtype=torch.bool)
+            )
             if cumulative:
                 applied.append(edits.patch(0).apply(model))
         if not cumulative:

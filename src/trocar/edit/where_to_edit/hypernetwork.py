@@ -38,7 +38,7 @@ class Made(Config):
     modules: list[str]
     structure: str
     fingerprint: str
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = pydantic.Field(default_factory=dict)
 
 
 class _Block(nn.Module):
@@ -107,7 +107,7 @@ class MaskHypernetwork(nn.Module):
         for name in ("first_block", "tower", "rows", "entries", "width", "modules", "structure"):
             if getattr(made, name) != here[name]:
                 raise EditError(
-                    f"The hypernetwork was trained for another model or place: {name} is {getattr(made, name)!r} there and {here[name]!r} here.",
+                    f"The hypernetwork is of another model or place: {name} was {getattr(made, name)!r} and is {here[name]!r} here.",
                     "Train one for this model, or set first_block and blocks as in its training.",
                 )
         if made.fingerprint != here["fingerprint"]:
@@ -133,7 +133,9 @@ class MaskHypernetwork(nn.Module):
                 text = (file.metadata() or {}).get("trocar", "null")
                 header = json.loads(text) if len(text) <= MAX_HEADER else None
                 if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
-                    raise DataError(f"{path} is not a mask hypernetwork of version {VERSION}.", "Name a file written by MaskHypernetwork.save.")
+                    raise DataError(
+                        f"{path} is not a mask hypernetwork of version {VERSION}.", "Name a file written by MaskHypernetwork.save."
+                    )
                 made = Made.parse(header.get("made"), "header")
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
                 stored = made.depth * (4 * made.width**2 + made.width) + made.rows * made.entries * made.width

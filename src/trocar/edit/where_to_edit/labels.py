@@ -1,7 +1,8 @@
 """What the hypernetwork learns to predict: per-pair masks by a bi-level search, or log row norms of one gradient (arXiv 2411.01948).
 
-J(W) = T^2 KL( softmax(f(x)/T) || softmax(f(x~; W)/T) ) for a clean image x and its CutMix neighbour x~. The inner loop moves an offset D along the dense gradient of J
-at W0 + m . D, the outer loop moves the mask m; to first order an entry is open iff S alpha ||gradient row||^2 > lambda / (n h).
+J(W) = T^2 KL( softmax(f(x)/T) || softmax(f(x~; W)/T) ) for a clean image x and its CutMix neighbour x~. The inner loop moves an offset
+D along the dense gradient of J at W0 + m . D, the outer loop moves the mask m; to first order an entry is open iff
+S alpha ||gradient row||^2 > lambda / (n h).
 """
 
 from __future__ import annotations
@@ -144,8 +145,9 @@ def row_norms(
 ) -> torch.Tensor:
     """Squared norms of the gradient of each mask entry's weights, (E, n, h), for E groups of images that are differentiated jointly.
 
-    groups: (E, m) row numbers; loss: sum over groups of each group's loss as a function of the (E * m, classes) logits. Exact. `gram` (default: whichever is
-    cheaper) uses |sum_t delta_t a_t|^2 = sum_{t,u} (delta_t . delta_u)(a_t . a_u), which needs no per-sample weight gradient.
+    groups: (E, m) row numbers; loss: sum over groups of each group's loss as a function of the (E * m, classes) logits. Exact. `gram`
+    (default: whichever is cheaper) uses |sum_t delta_t a_t|^2 = sum_{t,u} (delta_t . delta_u)(a_t . a_u), which needs no per-sample
+    weight gradient.
     """
     place = rows.place
     taps = _Taps([matrix.module for matrix in place.matrices])
@@ -222,7 +224,9 @@ def calibrate(
             alpha = max(tried, key=lambda step: tried[step] if tried[step] == tried[step] else float("-inf"))
             log["alpha_tried"] = {f"{step:.3g}": round(share, 4) for step, share in tried.items()}
             if not tried[alpha] > 0:
-                raise EditError("No step size of the inner loop lowers J on the calibration pairs.", "Use kind: fo, which has no step size.")
+                raise EditError(
+                    "No step size of the inner loop lowers J on the calibration pairs.", "Use kind: fo, which has no step size."
+                )
         else:
             alpha = config.alpha
         log |= {"alpha": alpha, "kl_before": float(before), "removed_by_all_ones": removed(alpha)}

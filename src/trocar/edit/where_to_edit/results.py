@@ -48,10 +48,8 @@ class LowRankChange:
     def write(self, weight: torch.Tensor) -> None:
         change = (self.left @ self.right).to(weight.device)
         change = change if self.matrix.dim == 0 else change.T
-        if self.matrix.side == "up":
-            target = weight.narrow(self.matrix.dim, self.matrix.offset, self.matrix.entries)
-        else:
-            target = weight
+        up = self.matrix.side == "up"  # of a fused parameter only the matrix's own entries
+        target = weight.narrow(self.matrix.dim, self.matrix.offset, self.matrix.entries) if up else weight
         target.copy_(target.to(change.dtype) + change)
 
 
@@ -70,7 +68,7 @@ Change = EntryChange | LowRankChange | WholeChange
 
 
 def changes_of(leaves: Sequence[Leaf | LowRankLeaf]) -> tuple[list[Change], float, float]:
-    """Changes of one edit from its final leaves (E = 1), the norm of the change, and the share of it that the cast to the model's dtype removes."""
+    """Changes of one edit from its final leaves (E = 1), the norm of the change, and the share that the cast to the model's dtype loses."""
     changes: list[Change] = []
     moved = lost = 0.0
     for leaf in leaves:
@@ -158,7 +156,9 @@ class Edits:
         Everything below the first edited block comes from the cache, so an edit costs one pass through the blocks above it.
         """
         every = list(range(rows.count))
-        upper = {f"{path}." for layer in range(self.place.first, self.place.tower.n_layers) for path in [self.place.tower.path(layer, "block")]}
+        upper = {
+            f"{path}." for layer in range(self.place.first, self.place.tower.n_layers) for path in [self.place.tower.path(layer, "block")]
+        }
         upper |= {f"{path}." for path in (self.place.tower.final_norm_path, self.place.tower.head_path) if path}
         with guarded(self.place.model), torch.no_grad():
             for edit in range(len(self)):

@@ -87,7 +87,9 @@ class Place:
         found = anatomy.tower(tower)
         last = found.n_layers - blocks
         if last < 0:
-            raise ConfigError(f"The model has {found.n_layers} blocks, {blocks} were to be edited.", f"Set blocks to 1 to {found.n_layers}.")
+            raise ConfigError(
+                f"The model has {found.n_layers} blocks, {blocks} were to be edited.", f"Set blocks to 1 to {found.n_layers}."
+            )
         chosen = min(round(7 / 12 * found.n_layers), last) if first is None else first
         if not 0 <= chosen <= last:
             raise ConfigError(f"first_block {chosen} is out of range.", f"With {blocks} blocks edited it must be in 0 to {last}.")
@@ -129,7 +131,8 @@ def _refuse_shared(anatomy: Anatomy, matrices: Sequence[Matrix]) -> None:
         names = owners[matrix.view.parameter.data_ptr()]
         if len(names) > 1:
             raise UnsupportedModelError(
-                f"The weight of {matrix.view.path} is shared: {', '.join(sorted(names))}.", "An edit of one would change the other; untie them first."
+                f"The weight of {matrix.view.path} is shared: {', '.join(sorted(names))}.",
+                "An edit of one would change the other; untie them first.",
             )
 
 
@@ -138,7 +141,7 @@ def _refuse_shared(anatomy: Anatomy, matrices: Sequence[Matrix]) -> None:
 
 @dataclass(eq=False)
 class Leaf:
-    """Open entries of one matrix, for each of E edits: `weight` (E, K, d), `index` (E, K) their places or None when all h are open in order.
+    """Open entries of one matrix for each of E edits: `weight` (E, K, d), `index` (E, K) their places, None if all h are there in order.
 
     Where edits have different numbers of open entries the rest of K is padded with closed ones; `valid` (E, K) tells them apart.
     """
@@ -285,14 +288,18 @@ class Rows:
         """The class logits of a model output: its `logits`, for models with one row per token those of the last real token."""
         logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor):
-            raise DataError(f"{type(self.place.model).__name__} returns no logits.", "Load the model with a classification or language head.")
+            raise DataError(
+                f"{type(self.place.model).__name__} returns no logits.", "Load the model with a classification or language head."
+            )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if logits.ndim == 3 and not self.place.tower.causal:
-            raise DataError(f"{type(self.place.model).__name__} gives logits for every token.", "Load the model with a classification head.")
+            raise DataError(
+                f"{type(self.place.model).__name__} gives logits for every token.", "Load the model with a classification head."
+            )
         return self.at_read_position(logits, rows) if logits.ndim == 3 else logits
 
     def at_read_position(self, states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Choose from (rows, length, width): the last real token where attention is causal, else token 0 (the class token), else the mean."""
+        """Choose from (rows, length, width): the last real token if attention is causal, else token 0 (the class token), else the mean."""
         if not self.place.tower.causal:
             return states[:, 0] if self._has_class_token() else states.mean(1)
         if self._last is None:
@@ -303,12 +310,16 @@ class Rows:
     def _has_class_token(self) -> bool:
         names = ("cls_token", "class_embedding")
         tower = self.place.tower
+        assert tower.root is not None
         return tower.modality == "text" or any(name.endswith(names) for name, _ in tower.root.named_parameters())
 
     def features(self, rows: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(features (rows, d), logits): the final norm's output at the class token (encoders) or the last token (decoders)."""
         seen: list[torch.Tensor] = []
-        handle = self.place.tower.final_norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
+        norm = self.place.tower.final_norm
+        if norm is None:
+            raise UnsupportedModelError(f"{type(self.place.model).__name__} has no final norm to take features from.")
+        handle = norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
         chosen = None if rows is None else torch.as_tensor(rows, device=self.place.device)
         try:
             with torch.no_grad():

@@ -36,9 +36,9 @@ def train_mask_hypernetwork(
 ) -> MaskHypernetwork:
     """Learn to predict, from the class token of a picture, which feed-forward entries would have to move to undo a disturbance of it.
 
-    images: (n, channels, height, width), preprocessed, ordinary pictures; no labels and no failures are used. work: a folder of committed units; a run that is
-    killed goes on where it was and ends with the same weights. The result knows the model it belongs to, its held-out loss beside that
-    of the constant mask (`network.made.report`), and the constant mask itself (`network.mean`).
+    images: (n, channels, height, width), preprocessed, ordinary pictures; no labels and no failures are used. work: a folder of committed
+    units; a run that is killed goes on where it was and ends with the same weights. The result knows the model it belongs to, its held-out
+    loss beside that of the constant mask (`network.made.report`), and the constant mask itself (`network.mean`).
 
     Raises EditError when labels collapse or saturate, DataError for fewer than two images or a model without patches.
     """
@@ -82,9 +82,14 @@ def _calibrated(
 
 
 def make_labels(
-    place: Place, images: torch.Tensor, config: HypernetworkConfig, seed: int, work: Workspace | None = None, key: Mapping[str, Any] | None = None
+    place: Place,
+    images: torch.Tensor,
+    config: HypernetworkConfig,
+    seed: int,
+    work: Workspace | None = None,
+    key: Mapping[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features (pairs, d) float32, labels (pairs, n, h) float32 rounded to half precision) of the CutMix pairs, committed chunk by chunk."""
+    """(features (pairs, d), labels (pairs, n, h) rounded to half precision), both float32, of the CutMix pairs, committed by chunk."""
     patch, parts = patch_size(place.model), []
     dtype = next(place.model.parameters()).dtype
 
@@ -181,7 +186,11 @@ def fit(
             best = {name: value.clone() for name, value in network.state_dict().items()}
         if store is not None:
             now = {f"now.{name}": value for name, value in network.state_dict().items()}
-            squares = {f"square.{name}": optimiser.state[parameter]["square_avg"] for name, parameter in network.named_parameters() if parameter in optimiser.state}
+            squares = {
+                f"square.{name}": optimiser.state[parameter]["square_avg"]
+                for name, parameter in network.named_parameters()
+                if parameter in optimiser.state
+            }
             store.save(record, now | squares | {f"best.{name}": value for name, value in best.items()})
     network.load_state_dict(best)
     return {
