@@ -69,17 +69,17 @@ def edit_many(
     """
     config = config or EditConfig()
     place = Place.of(model, config.first_block, config.blocks, config.tower)
-    inputs = _inputs(place, inputs)
-    chosen = _groups(groups, len(next(iter(inputs.values()))))
+    inputs = prepared(place, inputs)
+    chosen = grouped(groups, len(next(iter(inputs.values()))))
     labels = torch.as_tensor(labels)
-    notes = _check_labels(inputs, labels, chosen)
+    notes = check_labels(inputs, labels, chosen)
     names = [int(group[0]) for group in chosen] if names is None else list(names)
     with guarded(place.model):
         rows = Rows(place, inputs)
         features, base = rows.features() if _needs_features(mask) else (None, rows.logits().detach())
-        _check_range(labels, base.shape[1])
+        check_range(labels, base.shape[1])
         targets = labels[chosen]
-        spare = None if ordinary is None else Rows(place, _inputs(place, ordinary))
+        spare = None if ordinary is None else Rows(place, prepared(place, ordinary))
         if config.locality_weight and spare is None:
             raise ConfigError("locality_weight is set, but no ordinary images were given.", "Pass ordinary=images, or set it to 0.")
         if low_rank is not None:
@@ -96,7 +96,7 @@ def edit_many(
             courses += run_edits(rows, chosen[part], targets[part], leaves, config, spare)
     made = [changes_of(course.leaves) for course in courses]
     logs = [
-        _log(place, course, norm, lost, None if masks is None else masks[number], method, config, notes)
+        describe(place, course, norm, lost, None if masks is None else masks[number], method, config, notes)
         for number, (course, (_, norm, lost)) in enumerate(zip(courses, made, strict=True))
     ]
     changes: list[list[Change]] = [change for change, _, _ in made]
@@ -110,10 +110,10 @@ def predict_masks(
     """The hypernetwork's scores (E, n, h) for images or groups of images; cut them with `top_k` or pass them to `edit` as they are."""
     place = Place.of(model, network.made.first_block, network.made.rows // 2, network.made.tower or None)
     network.fit_to(place)
-    inputs = _inputs(place, inputs)
+    inputs = prepared(place, inputs)
     with guarded(place.model):
         features, _ = Rows(place, inputs).features()
-    return predict(network, features, _groups(groups, len(features)))
+    return predict(network, features, grouped(groups, len(features)))
 
 
 def _masks(
@@ -169,7 +169,7 @@ def _needs_features(mask: MaskSource) -> bool:
     return isinstance(mask, MaskHypernetwork) or mask == "learned" if not isinstance(mask, torch.Tensor | Scores) else False
 
 
-def _log(
+def describe(
     place: Place, course: Course, norm: float, lost: float, mask: torch.Tensor | None, method: str, config: EditConfig, notes: Sequence[str]
 ) -> dict[str, Any]:
     log = course.log() | {"mask": method, "change_norm": norm, "warnings": list(notes)}
@@ -192,7 +192,7 @@ def _log(
     return log
 
 
-def _inputs(place: Place, inputs: Inputs) -> dict[str, torch.Tensor]:
+def prepared(place: Place, inputs: Inputs) -> dict[str, torch.Tensor]:
     found = {"pixel_values": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
     pixels = found.get("pixel_values")
     if pixels is not None:
@@ -218,7 +218,7 @@ def _inputs(place: Place, inputs: Inputs) -> dict[str, torch.Tensor]:
     return found
 
 
-def _groups(groups: Sequence[Sequence[int]] | None, count: int) -> torch.Tensor:
+def grouped(groups: Sequence[Sequence[int]] | None, count: int) -> torch.Tensor:
     if groups is None:
         return torch.arange(count)[:, None]
     sizes = {len(group) for group in groups}
@@ -232,7 +232,7 @@ def _groups(groups: Sequence[Sequence[int]] | None, count: int) -> torch.Tensor:
     return found
 
 
-def _check_labels(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, groups: torch.Tensor) -> list[str]:
+def check_labels(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, groups: torch.Tensor) -> list[str]:
     first = next(iter(inputs.values()))
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise DataError(f"The labels are {labels.dtype}, not class indices.", "Give integers.")
@@ -254,7 +254,7 @@ def _check_labels(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, grou
     return notes
 
 
-def _check_range(labels: torch.Tensor, classes: int) -> None:
+def check_range(labels: torch.Tensor, classes: int) -> None:
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise DataError(f"Label {int(wrong[0])} is not a class of the model, which has 0 to {classes - 1}.", "Check the label mapping.")
@@ -280,7 +280,7 @@ def edit_sequence(
 
     config = config or EditConfig()
     place = Place.of(model, config.first_block, config.blocks, config.tower)
-    found = _inputs(place, inputs)
+    found = prepared(place, inputs)
     labels = torch.as_tensor(labels)
     results: list[EditResult] = []
     opened: list[torch.Tensor] = []

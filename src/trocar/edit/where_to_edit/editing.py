@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from trocar.core.seeds import generator
 from trocar.edit.where_to_edit.config import EditConfig
 from trocar.edit.where_to_edit.labels import kl_to_target
-from trocar.edit.where_to_edit.suffix import Leaf, LowRankLeaf, Place, Rows
+from trocar.edit.where_to_edit.suffix import AnyLeaf, Leaf, LowRankLeaf, Place, Rows, WholeLeaf
 
 EPS = 1e-8  # of RMSProp (code)
 WORKING_BYTES = 256 << 20  # leaves, gradients and optimiser state of the edits that run together
-AnyLeaf = Leaf | LowRankLeaf
 
 
 def open_leaves(place: Place, masks: torch.Tensor) -> list[AnyLeaf]:
@@ -59,7 +58,7 @@ def low_rank_leaves(place: Place, names: Sequence[object], rank: int, seed: int)
 
 def parts(leaf: AnyLeaf) -> list[torch.Tensor]:
     """The trainable tensors of a leaf."""
-    return [leaf.weight] if isinstance(leaf, Leaf) else [leaf.left, leaf.right]
+    return [leaf.left, leaf.right] if isinstance(leaf, LowRankLeaf) else [leaf.weight]
 
 
 @dataclass
@@ -99,7 +98,7 @@ class Optimiser:
         flat = [(leaf, part) for leaf in leaves for part in parts(leaf)]
         for (leaf, weight), gradient, state in zip(flat, gradients, self.state, strict=True):
             valid = leaf.valid if isinstance(leaf, Leaf) else None
-            if config.penalty and config.penalty_weight and isinstance(leaf, Leaf):
+            if config.penalty and config.penalty_weight and not isinstance(leaf, LowRankLeaf):
                 change = weight - leaf.origin()
                 gradient = gradient + config.penalty_weight * (change.sign() if config.penalty == "l1" else change)
             if valid is not None:
@@ -223,6 +222,8 @@ def shrink(rows: Rows, group: torch.Tensor, labels: torch.Tensor, course: Course
             if isinstance(leaf, Leaf):
                 origin = leaf.origin()
                 moved.append(Leaf(leaf.matrix, origin + share * (leaf.weight - origin), leaf.index, leaf.valid))
+            elif isinstance(leaf, WholeLeaf):
+                moved.append(WholeLeaf(leaf.model, leaf.name, leaf.origin() + share * (leaf.weight - leaf.origin())))
             else:
                 moved.append(LowRankLeaf(leaf.matrix, leaf.left, share * leaf.right))
         return moved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -161,8 +162,24 @@ def made_for(place: Place) -> dict[str, Any]:
         "width": place.tower.width,
         "modules": [matrix.view.name for matrix in place.matrices],
         "structure": structure_fingerprint(place.model),
-        "fingerprint": fingerprint(place.model),
+        "fingerprint": model_fingerprint(place.model),
     }
+
+
+_FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = weakref.WeakKeyDictionary()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """The model's fingerprint, computed anew only if a tensor was exchanged or written to in place since the last time.
+
+    Writing through `.data` goes unseen.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    stamps = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    known = _FINGERPRINTS.get(model)
+    if known is None or known[0] != stamps or any(version < 0 for _, version in stamps):
+        known = _FINGERPRINTS[model] = (stamps, fingerprint(model))
+    return known[1]
 
 
 def default_heads(width: int, wanted: int = 6) -> int:

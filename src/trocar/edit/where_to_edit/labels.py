@@ -151,7 +151,7 @@ def row_norms(
     """
     place = rows.place
     taps = _Taps([matrix.module for matrix in place.matrices])
-    with overridden(taps.forwards), torch.enable_grad():
+    with overridden(taps.forwards), rows.shortened(), torch.enable_grad():
         logits = rows.read(rows.prefix.run(rows=groups.flatten().to(place.device)), groups.flatten().to(place.device))
         deltas = dict(zip(taps.outputs, torch.autograd.grad(loss(logits), list(taps.outputs.values())), strict=True))
     count = len(groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trocar.anatomy import fingerprint
 from trocar.edit.where_to_edit.config import EditConfig
+from trocar.edit.where_to_edit.hypernetwork import model_fingerprint
 from trocar.edit.where_to_edit.masks import as_scores
-from trocar.edit.where_to_edit.suffix import Leaf, LowRankLeaf, Matrix, Place, Rows, guarded
+from trocar.edit.where_to_edit.suffix import AnyLeaf, LowRankLeaf, Matrix, Place, Rows, WholeLeaf, guarded, swapped
 from trocar.locate import Scores
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class WholeChange:
 Change = EntryChange | LowRankChange | WholeChange
 
 
-def changes_of(leaves: Sequence[Leaf | LowRankLeaf]) -> tuple[list[Change], float, float]:
+def changes_of(leaves: Sequence[AnyLeaf]) -> tuple[list[Change], float, float]:
     """Changes of one edit from its final leaves (E = 1), the norm of the change, and the share that the cast to the model's dtype loses."""
     changes: list[Change] = []
     moved = lost = 0.0
@@ -75,6 +74,13 @@ def changes_of(leaves: Sequence[Leaf | LowRankLeaf]) -> tuple[list[Change], floa
         if isinstance(leaf, LowRankLeaf):
             changes.append(LowRankChange(leaf.matrix, leaf.left[0].detach().cpu(), leaf.right[0].detach().cpu()))
             moved += float((leaf.left[0].detach() @ leaf.right[0].detach()).double().square().sum())
+            continue
+        if isinstance(leaf, WholeLeaf):
+            weight, origin = leaf.weight.detach(), leaf.origin()
+            cast = weight.to(origin.dtype)
+            moved += float((weight - origin.to(weight.dtype)).double().square().sum())
+            lost += float((weight - cast.to(weight.dtype)).double().square().sum())
+            changes.append(WholeChange(leaf.name, cast.cpu()))
             continue
         everything = torch.arange(leaf.matrix.entries, device=leaf.weight.device)
         index = everything if leaf.index is None else leaf.index[0]
@@ -88,22 +94,6 @@ def changes_of(leaves: Sequence[Leaf | LowRankLeaf]) -> tuple[list[Change], floa
         lost += float((weight - cast.to(weight.dtype)).double().square().sum())
         changes.append(EntryChange(leaf.matrix, index.cpu(), cast.cpu()))
     return changes, moved**0.5, (lost / moved) ** 0.5 if moved else 0.0
-
-
-@contextlib.contextmanager
-def swapped(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let named parameters be other tensors for the time of the context; the model's own objects are put back on every exit."""
-    kept: list[tuple[torch.nn.Module, str, torch.nn.Parameter | None]] = []
-    try:
-        for name, value in values.items():
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            kept.append((module, leaf, module._parameters[leaf]))
-            module._parameters[leaf] = value if isinstance(value, torch.nn.Parameter) else torch.nn.Parameter(value, requires_grad=False)
-        yield
-    finally:
-        for module, leaf, before in reversed(kept):
-            module._parameters[leaf] = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +122,7 @@ class Edits:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.place.model)
-
-    @cached_property
-    def _base(self) -> Any:
-        from trocar.patch import Base
-
-        return Base.of(self.place.model)
+        return model_fingerprint(self.place.model)
 
     def parameters(self, edit: int) -> dict[str, torch.Tensor]:
         """Full edited parameters by name, copies."""
@@ -179,7 +163,7 @@ class Edits:
 
     def patch(self, edit: int) -> Patch:
         """The change as a patch of rows and columns; without operations where nothing was done."""
-        from trocar.patch import LowRank, Patch, SparseReplace
+        from trocar.patch import Base, LowRank, Patch, SparseReplace
 
         ops: list[Any] = []
         whole: dict[str, torch.Tensor] = {}
@@ -197,7 +181,9 @@ class Edits:
             op = SparseReplace.between(name, self.place.model.get_parameter(name), value)
             ops += [] if op is None else [op]
         settings = {**self.settings, **self.config.model_dump(mode="json"), "mask": self.method}
-        return Patch(self._base, tuple(ops), "where-to-edit", settings)
+        if not ops:
+            return Patch(Base.of(self.place.model, ops), (), "where-to-edit", settings)
+        return Patch.of(self.place.model, ops, "where-to-edit", settings)
 
     def __getitem__(self, edit: int) -> EditResult:
         return EditResult(self.patch(edit), self.mask(edit), self.logs[edit])

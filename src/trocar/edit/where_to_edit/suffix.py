@@ -8,6 +8,7 @@ entry-major, (h, d), whatever its storage layout. A gated block's first entry is
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,6 +175,41 @@ class LowRankLeaf:
         return LowRankLeaf(self.matrix, self.left.detach()[edits], self.right.detach()[edits])
 
 
+@dataclass(eq=False)
+class WholeLeaf:
+    """A whole parameter of one edit (E = 1), for fine-tuning without a mask."""
+
+    model: torch.nn.Module
+    name: str
+    weight: torch.Tensor
+
+    def origin(self) -> torch.Tensor:
+        return self.model.get_parameter(self.name).detach()
+
+    def take(self, edits: torch.Tensor) -> WholeLeaf:
+        return WholeLeaf(self.model, self.name, self.weight.detach())
+
+
+AnyLeaf = Leaf | LowRankLeaf | WholeLeaf
+
+
+@contextlib.contextmanager
+def swapped(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let named parameters (in all places, where tied) be other tensors inside; the model's own objects are put back on every exit."""
+    wanted = {id(model.get_parameter(name)): value for name, value in values.items()}
+    kept: list[tuple[torch.nn.Module, str, torch.nn.Parameter | None]] = []
+    try:
+        for module in model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None and id(parameter) in wanted:
+                    kept.append((module, key, parameter))
+                    module._parameters[key] = wanted[id(parameter)]  # type: ignore[assignment]  # a plain tensor, so that gradients reach it
+        yield
+    finally:
+        for module, key, parameter in reversed(kept):
+            module._parameters[key] = parameter
+
+
 @contextlib.contextmanager
 def overridden(forwards: Mapping[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
     """Give modules another forward for the time of the context; what was on the instances before is put back on every exit."""
@@ -183,10 +219,14 @@ def overridden(forwards: Mapping[torch.nn.Module, Callable[[torch.Tensor], torch
         yield
 
 
-def with_leaves(leaves: Sequence[Leaf | LowRankLeaf]) -> contextlib.AbstractContextManager[None]:
+def with_leaves(leaves: Sequence[AnyLeaf]) -> contextlib.AbstractContextManager[None]:
     """Run the edited modules with the given weights. Rows of the batch belong to edits in order: (E * rows per edit, length, width)."""
+    whole = [leaf for leaf in leaves if isinstance(leaf, WholeLeaf)]
+    if whole:
+        return swapped(whole[0].model, {leaf.name: leaf.weight.to(leaf.origin().dtype) for leaf in whole})
     grouped: dict[torch.nn.Module, list[Leaf | LowRankLeaf]] = {}
     for leaf in leaves:
+        assert not isinstance(leaf, WholeLeaf)
         grouped.setdefault(leaf.matrix.module, []).append(leaf)
     return overridden({module: _forward(module, group) for module, group in grouped.items()})
 
@@ -258,6 +298,8 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------- running the suffix
 
+_READS_ONE_TOKEN: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
+
 
 class Rows:
     """Rows of a data set, run up to the first edited block once; everything below is a constant of every edit."""
@@ -269,14 +311,44 @@ class Rows:
         mask = moved.get("attention_mask")
         self._last = None if mask is None else mask.shape[1] - 1 - mask.flip(1).argmax(1)
         with torch.no_grad():
-            self.prefix = capture_prefix(place.model, moved, place.first if layer is None else layer, tower=place.tower.name)
+            self.prefix = capture_prefix(place.anatomy, moved, place.first if layer is None else layer, tower=place.tower.name)
+        if place.model not in _READS_ONE_TOKEN:
+            _READS_ONE_TOKEN[place.model] = self._reads_one_token()
 
-    def logits(self, leaves: Sequence[Leaf | LowRankLeaf] = (), rows: Sequence[int] | torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, leaves: Sequence[AnyLeaf] = (), rows: Sequence[int] | torch.Tensor | None = None) -> torch.Tensor:
         """(rows, classes) in at least float32; `leaves` hold one weight per edit, rows are grouped by edit."""
         chosen = None if rows is None else torch.as_tensor(rows, device=self.place.device)
-        with with_leaves(leaves):
+        with with_leaves(leaves), self.shortened():
             output = self.prefix.run(rows=chosen)
         return self.read(output, chosen)
+
+    def shortened(self, fill: float = 0.0) -> contextlib.AbstractContextManager[None]:
+        """Let the last block's output projection and feed-forward network see token 0 alone, if nothing but that token is read after it.
+
+        Exact: above the last attention tokens do not meet. The other tokens' states are `fill`.
+        """
+        if not _READS_ONE_TOKEN.get(self.place.model, True):
+            return contextlib.nullcontext()
+
+        def first_token(plain: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+            def forward(x: torch.Tensor) -> torch.Tensor:
+                return F.pad(plain(x[:, :1]), (0, 0, 0, x.shape[1] - 1), value=fill)
+
+            return forward
+
+        last = self.place.tower.n_layers - 1
+        modules = [self.place.tower.module(last, role) for role in ("o", "mlp")]
+        return overridden({module: first_token(module.forward) for module in modules})
+
+    def _reads_one_token(self) -> bool:
+        """Whether the logits depend on token 0 alone after the last block: NaN in all other tokens does not reach them."""
+        tower = self.place.tower
+        last = tower.n_layers - 1
+        if tower.causal or len(self.place.anatomy.towers) > 1 or not (tower.has(last, "o") and tower.has(last, "mlp")):
+            return False
+        with torch.no_grad(), self.shortened(fill=float("nan")):
+            logits = getattr(self.prefix.run(rows=[0]), "logits", None)
+        return isinstance(logits, torch.Tensor) and not bool(logits.isnan().any())
 
     def whole(self, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Logits of the model as it stands, from the inputs on."""
@@ -323,7 +395,8 @@ class Rows:
         chosen = None if rows is None else torch.as_tensor(rows, device=self.place.device)
         try:
             with torch.no_grad():
-                logits = self.read(self.prefix.run(rows=chosen), chosen)
+                with self.shortened():
+                    logits = self.read(self.prefix.run(rows=chosen), chosen)
         finally:
             handle.remove()
         if not seen:

@@ -214,9 +214,10 @@ class _Checkpoint:
     def save(self, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
 
+        # one metadata key: with several their order in the file is not fixed, and a resumed run must end with the same bytes
         flat = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         with atomic_path(self.path) as temporary:
-            save_file(flat, temporary, metadata={"key": self.key, "record": json.dumps(record, sort_keys=True)})
+            save_file(flat, temporary, metadata={"trocar": json.dumps({"key": self.key, "record": record}, sort_keys=True)})
 
     def load(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         from safetensors import SafetensorError, safe_open
@@ -225,9 +226,9 @@ class _Checkpoint:
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("key") != self.key:
+                header = json.loads((file.metadata() or {}).get("trocar", "{}"))
+                if header.get("key") != self.key:
                     return None
-                return json.loads(metadata["record"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                return header["record"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise DataError(f"{self.path} is damaged: {error}.", "Delete it; the training starts again from the stored labels.") from None
