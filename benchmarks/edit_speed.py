@@ -3,7 +3,8 @@
 Both predict the mask with the same hypernetwork and take the same number of masked RMSProp steps; the final weights are checked equal
 first. The published loop is re-timed as it is written: full forward pass, full backward pass with gradients of every parameter, the mask
 multiplied onto the gradients of the six dense matrices, RMSProp over the six dense matrices. Models have random weights of two sizes:
-ViT-B/16 (224 px, the paper's) and the small ViT of the lab. Peak memory is that of a process of its own, beyond the loaded model and hypernetwork.
+ViT-B/16 (224 px, the paper's) and the small ViT of the lab. Peak memory is that of a process of its own, beyond the loaded model and
+hypernetwork.
 It also runs the paper's configuration once at full size: labels of a few pairs, one training step of the hypernetwork, one edit.
 """
 
@@ -113,7 +114,11 @@ def largest_difference(name: str, keep: float, seed: int) -> tuple[float, float]
 def peak(way: str, name: str, keep: float, seed: int) -> int:
     """Bytes that one edit needs beyond the loaded model and hypernetwork, from a process of its own."""
     words = [sys.executable, __file__, "--memory-of", way, "--model", name, "--keep", str(keep), "--seed", str(seed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+    }
     found = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     return int(json.loads(found.stdout.strip().splitlines()[-1])["bytes"])
 
@@ -169,7 +174,8 @@ def paper_size(seed: int) -> list[dict[str, Any]]:
         "edit, keep .05, 10 steps": edit,
     }
     rows = [{"model": "vit-b-16 (random weights)", "stage": stage, "seconds": round(seconds_of(work), 3)} for stage, work in stages.items()]
-    assert held["labels"].shape == (2, 6, 3072) and held["features"].shape == (2, 768)
+    assert held["labels"].shape == (2, 6, 3072)
+    assert held["features"].shape == (2, 768)
     edits = held["edits"]
     assert sum(edits.logs[0]["open"].values()) == 922, edits.logs[0]["open"]
     with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +211,9 @@ def main() -> None:
         model, network, image, label = build(name, chosen.seed)
         repeats = {"vit-b-16": 3, "lab-vit": 15}[name] * (1 if chosen.quick else 2)
         work = (model, network, image, label, STEPS[name], chosen.keep)
-        row = paired_seconds(lambda work=work: ours(*work), lambda work=work: keeping(work[0], lambda: published(*work)), repeats, chosen.seed)
+        row = paired_seconds(
+            lambda work=work: ours(*work), lambda work=work: keeping(work[0], lambda: published(*work)), repeats, chosen.seed
+        )
         task = f"one edit, {name}, keep {chosen.keep:g}, {STEPS[name]} steps"
         memory = {way: peak(way, name, chosen.keep, chosen.seed) for way in ("ours", "published")}
         timings.append(

@@ -77,7 +77,8 @@ class HypernetworkConfig(Config):
     blocks in a row (code: 3). pairs: CutMix pairs (code: 10,000 batches of 8, each seen once; ours: fewer, seen over many epochs);
     chunk: pairs per committed unit of work. depth, lr, batch, steps_per_batch, loss_scale: code (its default depth is 5, its commands
     use 3); heads: 6 (code), or the largest divisor of the width below 6; epochs, held_out (share of pairs kept for early stopping),
-    patience (epochs without a better held-out loss): ours.
+    patience (epochs without a better held-out loss): ours. start: `mean` lets the untrained network predict the mean label (zero output
+    weights, the mean as bias; ours), `published` leaves the output maps as they are initialised.
     """
 
     first_block: int | None = None
@@ -95,6 +96,7 @@ class HypernetworkConfig(Config):
     loss_scale: float = pydantic.Field(default=0.1, gt=0)
     epochs: int = pydantic.Field(default=25, ge=1)
     patience: int = pydantic.Field(default=5, ge=1)
+    start: Literal["mean", "published"] = "mean"
     held_out: float = pydantic.Field(default=0.125, gt=0, lt=1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 import torch
@@ -15,7 +15,7 @@ from trocar.core.errors import ConfigError, DataError
 from trocar.edit.where_to_edit.baselines import fine_tune, lora
 from trocar.edit.where_to_edit.config import EditConfig, HypernetworkConfig, MaskKind
 from trocar.edit.where_to_edit.edit import edit_many
-from trocar.edit.where_to_edit.hypernetwork import MaskHypernetwork, model_fingerprint, report_text
+from trocar.edit.where_to_edit.hypernetwork import MaskHypernetwork, report_text
 from trocar.edit.where_to_edit.labels import first_order_labels, kl_to_target
 from trocar.edit.where_to_edit.results import Edits
 from trocar.edit.where_to_edit.suffix import Leaf, Place, Rows, guarded
@@ -30,17 +30,18 @@ ORDINARY = 64  # unlabelled images that the optional locality term looks at
 class RecipeConfig(EditConfig):
     """Settings of an edit, and where its mask comes from.
 
-    mask: `learned` (the hypernetwork's), `gradient-norm` (label-aware, no training), `constant` (mean label), `magnitude`, `random`, `dense`;
-    hypernetwork: file of a trained one, or `train` to train one on the role `unlabelled` (learned and constant masks only); training: its
-    settings (first_block, blocks and tower are those of the edit); edit_images: how many images of the role `edit` are edited on, together.
-    baseline: another editor instead of masked fine-tuning; rank: of LoRA.
+    mask: `learned` (the hypernetwork's), `gradient-norm` (label-aware, no training), `constant` (mean label), `magnitude`, `random`,
+    `dense`. hypernetwork: file of a trained one, or `train` to train one on the role `unlabelled` (learned and constant masks only).
+    training: its settings (first_block, blocks and tower are those of the edit). edit_images: how many images of the role `edit` are
+    edited on, together. baseline: another editor instead of masked fine-tuning: `lora` (of rank `rank` on the same matrices), `full`,
+    `classifier`, or all of one block (`L7`).
     """
 
     mask: MaskKind = "learned"
     hypernetwork: str = "train"
     training: HypernetworkConfig = HypernetworkConfig()
     edit_images: int = pydantic.Field(default=1, ge=1)
-    baseline: Literal["lora", "full", "classifier"] | str | None = pydantic.Field(default=None, pattern=r"^(lora|full|classifier|L\d+)$")
+    baseline: str | None = pydantic.Field(default=None, pattern=r"^(lora|full|classifier|L\d+)$")
     rank: int = pydantic.Field(default=4, ge=1)
 
     def edit(self) -> EditConfig:

@@ -142,6 +142,11 @@ def fit(
     train, test = order[held:].to(features.device), order[:held].to(features.device)
     average = labels[train].mean(0)
     network.mean.copy_(torch.logit(average.clamp(CLAMP, 1 - CLAMP)) / network.SCALE if kind == "ref" else average)
+    if config.start == "mean":
+        with torch.no_grad():
+            for row, output in enumerate(network.outputs):
+                output.weight.zero_()  # type: ignore[operator]
+                output.bias.copy_(network.mean[row])  # type: ignore[operator]
     constant = float(loss_of(kind, network.mean.expand(held, -1, -1), labels[test]))
     optimiser = torch.optim.RMSprop(network.parameters(), lr=config.lr, alpha=0.99, eps=1e-8)
     best = {name: value.clone() for name, value in network.state_dict().items()}
