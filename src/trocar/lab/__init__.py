@@ -1,0 +1,1 @@
+"""Small models, data sets and loaders to learn, test and demonstrate on. Floor 5."""
