@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,11 @@ from trocar.core.config import Config
 from trocar.core.errors import ConfigError, nearest
 
 WEIGHTS = Path(__file__).with_name("weights")
+
+
+def cache_folder() -> Path:
+    """Where trained lab models lie: TROCAR_LAB, or `~/.cache/trocar/lab`."""
+    return Path(os.environ.get("TROCAR_LAB", "~/.cache/trocar/lab")).expanduser()
 
 
 class RareData(Config):
@@ -34,7 +40,7 @@ class ViTShape(Config):
 
 
 class TrainRecipe(Config):
-    """How a lab model is trained: AdamW, linear warm-up, cosine, flips and shifts (pixels, reflected borders), weights stored in float16."""
+    """How a lab model is trained: AdamW, linear warm-up, cosine; flips, shifts (pixels, reflected borders); stored in float16."""
 
     epochs: float
     batch: int = 128
@@ -75,7 +81,7 @@ MODELS: tuple[LabModel, ...] = (
     LabModel(
         name="vit-cifar-rare",
         title="Small ViT (1.2 M weights) for ten CIFAR-100 superclasses",
-        trouble="One of five subclasses of every class was rare in training (10 of 500 pictures): its pictures are taken for other classes.",
+        trouble="One of five subclasses of every class was rare in training (10 of 500 pictures) and is often misread.",
         data=RareData(source="cifar100", label="coarse", part="fine", classes=TEN_SUPERCLASSES),
         shape=ViTShape(),
         train=TrainRecipe(epochs=8),

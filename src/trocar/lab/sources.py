@@ -22,7 +22,7 @@ EXCERPTS = Path(__file__).with_name("excerpts")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows not yet decoded. images: per row the encoded bytes or the file's path; columns: per name one value per row; origin: for messages."""
+    """Rows not yet decoded. images: encoded bytes or a file per row; columns: name -> value per row; origin: for messages."""
 
     origin: str
     images: Sequence[bytes | Path]
@@ -40,7 +40,7 @@ class Table:
         return Table(self.origin, [self.images[r] for r in rows], {k: [v[r] for r in rows] for k, v in self.columns.items()})
 
     def where(self, conditions: Mapping[str, Any]) -> Table:
-        """Rows whose columns equal the wanted value, or one of the wanted values where a list is given. A value that never occurs is an error."""
+        """Rows whose columns equal the wanted value (or one of a list). A value that never occurs is an error."""
         rows: Sequence[int] = range(len(self))
         for name, wanted in conditions.items():
             column = self.column(name)

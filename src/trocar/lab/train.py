@@ -16,16 +16,11 @@ import torch
 from torch import nn
 
 from trocar.core.errors import DataError
-from trocar.core.files import write_json
+from trocar.core.files import write_json, write_text
 from trocar.core.seeds import derive, generator
 from trocar.lab.pixels import decode_all, processor_for
 from trocar.lab.rare import RareSplit, split
-from trocar.lab.registry import LabModel, TrainRecipe, ViTShape, get
-
-
-def cache_folder() -> Path:
-    """Where trained lab models lie: TROCAR_LAB, or `~/.cache/trocar/lab`."""
-    return Path(os.environ.get("TROCAR_LAB", "~/.cache/trocar/lab")).expanduser()
+from trocar.lab.registry import LabModel, TrainRecipe, ViTShape, cache_folder, get
 
 
 def train(name: str, device: str = "auto", out: str | Path | None = None, seed: int = 0) -> Path:
@@ -47,7 +42,9 @@ def train(name: str, device: str = "auto", out: str | Path | None = None, seed: 
     half = model.to("cpu", torch.float16)
     half.save_pretrained(folder)
     processor_for(row.shape.image).save_pretrained(folder)
-    write_json(folder / "lab.json", card(row, seed, parts, measure(half.float().eval(), row, parts)))  # last: its presence means "complete"
+    facts = card(row, seed, parts, measure(half.float().eval(), row, parts))
+    write_text(folder / "README.md", card_text(facts))
+    write_json(folder / "lab.json", facts)  # last: its presence means "complete"
     shutil.rmtree(work, ignore_errors=True)
     return folder
 
@@ -62,7 +59,10 @@ def fit(
     device: str = "auto",
     stop_after: int | None = None,
 ) -> nn.Module:
-    """Train `model` on `pixels` (n, 3, h, w) uint8 and `labels` (n,), resuming from `work`; stop_after ends early after that many steps (tests)."""
+    """Train `model` on `pixels` (n, 3, h, w) uint8 and `labels` (n,), resuming from `work`.
+
+    stop_after ends early, after that many steps (tests).
+    """
     import transformers
 
     steps = max(1, round(recipe.epochs * len(labels) / recipe.batch))
@@ -92,7 +92,7 @@ def fit(
 
 
 def new_vit(shape: ViTShape, classes: tuple[str, ...], seed: int) -> nn.Module:
-    """A fresh `ViTForImageClassification` with Xavier-initialised linear maps, drawn from `seed` without touching the global random state."""
+    """A fresh `ViTForImageClassification`, linear maps Xavier-initialised from `seed`; the global random state is untouched."""
     import transformers
 
     config = transformers.ViTConfig(
@@ -148,8 +148,29 @@ def card(row: LabModel, seed: int, parts: RareSplit, measured: dict[str, float])
     }
 
 
+def card_text(facts: dict[str, Any]) -> str:
+    """The model card, from the facts of `card`."""
+    row, accuracy = facts["model"], facts["accuracy"]
+    shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
+    recipe = ", ".join(f"{name} {value}" for name, value in row["train"].items())
+    rare = "\n".join(f"| {name} | {part} |" for name, part in facts["rare"].items())
+    return f"""# {row["name"]}, base seed {facts["seed"]}
+
+{row["title"]}. {row["trouble"]} Made to be repaired: a small model for demonstrations and tests, not for use.
+
+- architecture: `ViTForImageClassification`, {shape}; no dropout; weights stored in float16, meant to be loaded in float32
+- training: {facts["train_pictures"]:,} pictures of {row["data"]["source"]} (labels: `{row["data"]["label"]}`); {recipe}; `trocar lab train {row["name"]}`
+- accuracy of the stored weights: {accuracy["common_test"]:.3f} on {facts["common_test_pictures"]:,} test pictures of common parts, \
+{accuracy["rare_unseen"]:.3f} on {facts["rare_unseen_pictures"]:,} unseen pictures of rare parts
+
+| class | rare part ({row["data"]["keep"]} training pictures kept) |
+|---|---|
+{rare}
+"""
+
+
 def last_whole_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that was written to its end; `trainer_state.json` is the Trainer's last file, so a kill leaves it out or cut."""
+    """The newest checkpoint written to its end: `trainer_state.json` is the Trainer's last file, so a kill leaves it out or cut."""
     for folder in sorted(work.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
         try:
             json.loads((folder / "trainer_state.json").read_text())
@@ -164,7 +185,7 @@ def _normal(pixels: torch.Tensor) -> torch.Tensor:
 
 
 class _Stream(torch.utils.data.Dataset):
-    """All batches of a training run in order: item i is picture number perm(epoch)[i mod n], flipped and shifted from its batch's own stream."""
+    """A training run's batches in order: item i is picture perm(epoch)[i mod n], flipped and shifted from its batch's own stream."""
 
     def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, recipe: TrainRecipe, steps: int, seed: int) -> None:
         if len(pixels) != len(labels) or len(labels) == 0:
@@ -205,7 +226,7 @@ def _trainer(stop_after: int | None, **arguments: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            # The Trainer's own way reads by today's parameter names what was saved under older ones, and leaves the rest at random with a warning.
+            # The Trainer's own way looks for today's parameter names in what was saved under older ones, and only warns about the rest.
             model = self.model if model is None else model
             saved = type(model).from_pretrained(resume_from_checkpoint, dtype=next(model.parameters()).dtype)
             model.load_state_dict(saved.state_dict(), strict=True)
