@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trocar.lab.data import DataConfig, load_examples, load_processor
     from trocar.lab.models import list_models as list
     from trocar.lab.models import load, load_model, show
-    from trocar.lab.train import train
+    from trocar.lab.training import train
 
 __all__ = ["DataConfig", "list", "load", "load_examples", "load_model", "load_processor", "show", "train"]
 
@@ -24,7 +24,7 @@ _WHERE = {
     "load": ("models", "load"),
     "load_model": ("models", "load_model"),
     "show": ("models", "show"),
-    "train": ("train", "train"),
+    "train": ("training", "train"),
 }
 
 

@@ -93,15 +93,12 @@ def load_examples(
 
 def load_processor(where: str | None) -> Any:
     """The image processor of a checkpoint, in its Pillow form (no torchvision needed). Raises DataError if there is none."""
-    import transformers
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.10 hides the name at the top without torchvision
 
     if not where:
         raise DataError("The model does not say where it was loaded from, so its image processor is unknown.", "Set `processor`.")
     try:
-        try:
-            return transformers.AutoImageProcessor.from_pretrained(where, backend="pil")
-        except (TypeError, ImportError):  # before the keyword existed
-            return transformers.AutoImageProcessor.from_pretrained(where, use_fast=False)
+        return AutoImageProcessor.from_pretrained(where, backend="pil")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"'{where}' has no usable image processor: {reason}", "Add preprocessor_config.json or set `processor`.") from None

@@ -93,7 +93,7 @@ MODELS: tuple[LabModel, ...] = (
         trouble="In every class one style (photo, art, cartoon, sketch) was rare in training (10 pictures): it fails on that style.",
         data=RareData(source="pacs", label="label", part="domain", assignment="rotate"),
         shape=ViTShape(image=64, patch=16),
-        train=TrainRecipe(epochs=24, shift=8),
+        train=TrainRecipe(epochs=60, shift=8),
     ),
 )
 

@@ -39,7 +39,7 @@ def train(name: str, device: str = "auto", out: str | Path | None = None, seed: 
     labels = parts.labels(parts.train, row.data.label)
     work = folder.with_name(folder.name + ".training")
     model = fit(new_vit(row.shape, parts.classes, seed), pixels, labels, row.train, work, seed, device)
-    half = model.to("cpu", torch.float16)
+    half: Any = model.to("cpu", torch.float16)
     half.save_pretrained(folder)
     processor_for(row.shape.image).save_pretrained(folder)
     facts = card(row, seed, parts, measure(half.float().eval(), row, parts))
@@ -159,7 +159,8 @@ def card_text(facts: dict[str, Any]) -> str:
 {row["title"]}. {row["trouble"]} Made to be repaired: a small model for demonstrations and tests, not for use.
 
 - architecture: `ViTForImageClassification`, {shape}; no dropout; weights stored in float16, meant to be loaded in float32
-- training: {facts["train_pictures"]:,} pictures of {row["data"]["source"]} (labels: `{row["data"]["label"]}`); {recipe}; `trocar lab train {row["name"]}`
+- training: {facts["train_pictures"]:,} pictures of {row["data"]["source"]} (labels: `{row["data"]["label"]}`); {recipe}
+- made by `trocar lab train {row["name"]} --seed {facts["seed"]}`
 - accuracy of the stored weights: {accuracy["common_test"]:.3f} on {facts["common_test_pictures"]:,} test pictures of common parts, \
 {accuracy["rare_unseen"]:.3f} on {facts["rare_unseen_pictures"]:,} unseen pictures of rare parts
 
@@ -223,7 +224,7 @@ def _trainer(stop_after: int | None, **arguments: Any) -> Any:
 
     class InOrder(transformers.Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(arguments["train_dataset"])
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             # The Trainer's own way looks for today's parameter names in what was saved under older ones, and only warns about the rest.
@@ -236,4 +237,7 @@ def _trainer(stop_after: int | None, **arguments: Any) -> Any:
             control.should_training_stop = state.global_step == stop_after
             return control
 
-    return InOrder(callbacks=[] if stop_after is None else [StopAfter()], data_collator=lambda batch: batch, **arguments)
+    def whole(batch: Any) -> Any:
+        return batch
+
+    return InOrder(callbacks=[] if stop_after is None else [StopAfter()], data_collator=whole, **arguments)
