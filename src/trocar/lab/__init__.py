@@ -1,0 +1,37 @@
+"""Small models, data sets and loaders to learn, test and demonstrate on. Floor 5.
+
+`lab.load(name) -> (model, processor)`, `lab.train(name)`, `lab.list()`, `lab.show(name)`, `lab.load_examples(source, model)`. Names are
+imported on first use, so that listing models does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trocar.lab.data import DataConfig, load_examples, load_processor
+    from trocar.lab.models import list_models as list
+    from trocar.lab.models import load, load_model, show
+    from trocar.lab.training import train
+
+__all__ = ["DataConfig", "list", "load", "load_examples", "load_model", "load_processor", "show", "train"]
+
+_WHERE = {
+    "DataConfig": ("data", "DataConfig"),
+    "load_examples": ("data", "load_examples"),
+    "load_processor": ("data", "load_processor"),
+    "list": ("models", "list_models"),
+    "load": ("models", "load"),
+    "load_model": ("models", "load_model"),
+    "show": ("models", "show"),
+    "train": ("training", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _WHERE:
+        raise AttributeError(f"module 'trocar.lab' has no attribute '{name}'")
+    module, attribute = _WHERE[name]
+    return getattr(importlib.import_module(f"trocar.lab.{module}"), attribute)

@@ -1,0 +1,243 @@
+"""Train a lab model: `transformers.Trainer` with checkpoints, the same bytes whether or not it was killed on the way.
+
+Every batch is a pure function of (seed, position), not of a running random state, so a resumed run sees what an uninterrupted one would
+have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trocar.core.errors import DataError
+from trocar.core.files import write_json, write_text
+from trocar.core.seeds import derive, generator
+from trocar.lab.pixels import decode_all, processor_for
+from trocar.lab.rare import RareSplit, split
+from trocar.lab.registry import LabModel, TrainRecipe, ViTShape, cache_folder, get
+
+
+def train(name: str, device: str = "auto", out: str | Path | None = None, seed: int = 0) -> Path:
+    """Train the lab model `name` from base seed `seed`, or return it if it is there already.
+
+    Returns the folder: a Hugging Face checkpoint (float16 weights) with `lab.json` (recipe and measured accuracy). A killed training
+    goes on at its last whole checkpoint. device: `auto` (a GPU if there is one), `cpu`, or `cuda`. out: default
+    `<TROCAR_LAB>/NAME/seedSEED`. Raises DataError if the data set's files are missing.
+    """
+    row = get(name)
+    folder = Path(out) if out else cache_folder() / name / f"seed{seed}"
+    if (folder / "lab.json").exists():
+        return folder
+    parts = split(row.data, seed)
+    pixels = decode_all(parts.table, parts.train, row.shape.image)
+    labels = parts.labels(parts.train, row.data.label)
+    work = folder.with_name(folder.name + ".training")
+    model = fit(new_vit(row.shape, parts.classes, seed), pixels, labels, row.train, work, seed, device)
+    half: Any = model.to("cpu", torch.float16)
+    half.save_pretrained(folder)
+    processor_for(row.shape.image).save_pretrained(folder)
+    facts = card(row, seed, parts, measure(half.float().eval(), row, parts))
+    write_text(folder / "README.md", card_text(facts))
+    write_json(folder / "lab.json", facts)  # last: its presence means "complete"
+    shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def fit(
+    model: nn.Module,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    recipe: TrainRecipe,
+    work: Path,
+    seed: int,
+    device: str = "auto",
+    stop_after: int | None = None,
+) -> nn.Module:
+    """Train `model` on `pixels` (n, 3, h, w) uint8 and `labels` (n,), resuming from `work`.
+
+    stop_after ends early, after that many steps (tests).
+    """
+    import transformers
+
+    steps = max(1, round(recipe.epochs * len(labels) / recipe.batch))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(recipe.warmup * steps)),
+        save_steps=recipe.checkpoint_steps,
+        save_total_limit=2,
+        logging_steps=50,
+        seed=derive(seed, "trainer") % 2**31,
+        use_cpu=device == "cpu",
+        report_to="none",
+        disable_tqdm=os.environ.get("TROCAR_PROGRESS") == "0",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,  # the stream hands over whole batches
+    )
+    trainer = _trainer(stop_after, model=model, args=arguments, train_dataset=_Stream(pixels, labels, recipe, steps, seed))
+    model.train()
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
+    return model.eval()
+
+
+def new_vit(shape: ViTShape, classes: tuple[str, ...], seed: int) -> nn.Module:
+    """A fresh `ViTForImageClassification`, linear maps Xavier-initialised from `seed`; the global random state is untouched."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        image_size=shape.image,
+        patch_size=shape.patch,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.blocks,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.neurons,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(classes)),
+        label2id={name: i for i, name in enumerate(classes)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "weights"))
+        model = transformers.ViTForImageClassification(config)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, batch: int = 500) -> float:
+    """Share of right predictions on `pixels` (n, 3, h, w) uint8."""
+    hits = [
+        (model(pixel_values=_normal(pixels[i : i + batch])).logits.argmax(-1) == labels[i : i + batch]).sum()
+        for i in range(0, len(labels), batch)
+    ]
+    return float(torch.stack(hits).sum()) / len(labels)
+
+
+def measure(model: nn.Module, row: LabModel, parts: RareSplit) -> dict[str, float]:
+    """Accuracy on test pictures of common parts and on unseen pictures of rare parts."""
+    result = {}
+    for name, rows in (("common_test", parts.common_test), ("rare_unseen", parts.rare_unseen)):
+        result[name] = accuracy(model, decode_all(parts.table, rows, row.shape.image), parts.labels(rows, row.data.label))
+    return result
+
+
+def card(row: LabModel, seed: int, parts: RareSplit, measured: dict[str, float]) -> dict[str, Any]:
+    return {
+        "model": json.loads(row.model_dump_json()),
+        "seed": seed,
+        "rare": dict(parts.rare),
+        "train_pictures": len(parts.train),
+        "common_test_pictures": len(parts.common_test),
+        "rare_unseen_pictures": len(parts.rare_unseen),
+        "accuracy": measured,
+        "torch": torch.__version__,
+    }
+
+
+def card_text(facts: dict[str, Any]) -> str:
+    """The model card, from the facts of `card`."""
+    row, accuracy = facts["model"], facts["accuracy"]
+    shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
+    recipe = ", ".join(f"{name} {value}" for name, value in row["train"].items())
+    rare = "\n".join(f"| {name} | {part} |" for name, part in facts["rare"].items())
+    return f"""# {row["name"]}, base seed {facts["seed"]}
+
+{row["title"]}. {row["trouble"]} Made to be repaired: a small model for demonstrations and tests, not for use.
+
+- architecture: `ViTForImageClassification`, {shape}; no dropout; weights stored in float16, meant to be loaded in float32
+- training: {facts["train_pictures"]:,} pictures of {row["data"]["source"]} (labels: `{row["data"]["label"]}`); {recipe}
+- made by `trocar lab train {row["name"]} --seed {facts["seed"]}`
+- accuracy of the stored weights: {accuracy["common_test"]:.3f} on {facts["common_test_pictures"]:,} test pictures of common parts, \
+{accuracy["rare_unseen"]:.3f} on {facts["rare_unseen_pictures"]:,} unseen pictures of rare parts
+
+| class | rare part ({row["data"]["keep"]} training pictures kept) |
+|---|---|
+{rare}
+"""
+
+
+def last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint written to its end: `trainer_state.json` is the Trainer's last file, so a kill leaves it out or cut."""
+    for folder in sorted(work.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _normal(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.float() / 127.5 - 1  # the processor's rescale and normalise with mean = std = .5
+
+
+class _Stream(torch.utils.data.Dataset):
+    """A training run's batches in order: item i is picture perm(epoch)[i mod n], flipped and shifted from its batch's own stream."""
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, recipe: TrainRecipe, steps: int, seed: int) -> None:
+        if len(pixels) != len(labels) or len(labels) == 0:
+            raise DataError(f"Training needs as many pictures as labels and at least one ({len(pixels)} and {len(labels)} given).")
+        self.pixels, self.labels, self.recipe, self.seed = pixels, labels, recipe, seed
+        self.length = steps * recipe.batch
+        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def _row(self, item: int) -> int:
+        epoch, place = divmod(item, len(self.labels))
+        if self._order[0] != epoch:
+            self._order = (epoch, torch.randperm(len(self.labels), generator=generator(self.seed, "epoch", epoch)))
+        return int(self._order[1][place])
+
+    def __getitems__(self, items: list[int]) -> dict[str, torch.Tensor]:
+        rows = [self._row(item) for item in items]
+        rng = generator(self.seed, "augment", items[0])
+        pixels, s = self.pixels[rows].float() / 127.5 - 1, self.recipe.shift
+        flip = torch.rand(len(rows), generator=rng) < 0.5
+        pixels[flip] = pixels[flip].flip(-1)
+        if s:
+            size = pixels.shape[-1]
+            padded = nn.functional.pad(pixels, (s, s, s, s), mode="reflect")
+            moves = torch.randint(0, 2 * s + 1, (len(rows), 2), generator=rng)
+            pixels = torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, moves.tolist(), strict=True)])
+        return {"pixel_values": pixels, "labels": self.labels[rows]}
+
+
+def _trainer(stop_after: int | None, **arguments: Any) -> Any:
+    """A Trainer that takes the stream in its own order; made here because importing the Trainer takes seconds."""
+    import transformers
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+            return torch.utils.data.SequentialSampler(arguments["train_dataset"])
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # The Trainer's own way looks for today's parameter names in what was saved under older ones, and only warns about the rest.
+            model = self.model if model is None else model
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=next(model.parameters()).dtype)
+            model.load_state_dict(saved.state_dict(), strict=True)
+
+    class StopAfter(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control.should_training_stop = state.global_step == stop_after
+            return control
+
+    def whole(batch: Any) -> Any:
+        return batch
+
+    return InOrder(callbacks=[] if stop_after is None else [StopAfter()], data_collator=whole, **arguments)
