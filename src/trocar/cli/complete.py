@@ -1,0 +1,27 @@
+"""What the shell offers after <tab>. Floor 8. Called on every keystroke: no torch, no error may escape."""
+
+from __future__ import annotations
+
+
+def methods(incomplete: str) -> list[tuple[str, str]]:
+    from trocar.recipe.registry import METHODS
+
+    return [(name, entry.summary) for name, entry in METHODS.items() if name.startswith(incomplete)]
+
+
+def models(incomplete: str) -> list[str]:
+    from trocar.lab.registry import MODELS
+    from trocar.recipe.models import local_models
+
+    names = [*local_models(), *(f"lab:{row.name}" for row in MODELS)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def lab_models(incomplete: str) -> list[tuple[str, str]]:
+    from trocar.lab.registry import MODELS
+
+    return [(row.name, row.title) for row in MODELS if row.name.startswith(incomplete)]
+
+
+def dtypes(incomplete: str) -> list[str]:
+    return [name for name in ("auto", "float32", "bfloat16", "float16", "float64") if name.startswith(incomplete)]

@@ -1,0 +1,177 @@
+"""From a model's short name to a loaded model: folder, name under TROCAR_MODELS, `lab:NAME`, or hub id. Floor 7."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trocar.core.errors import DataError, UnsupportedModelError, nearest
+from trocar.core.files import read_json
+from trocar.recipe.schema import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+# Which automatic class loads an architecture: its name's ending, longest first. Closed: no class name from a file is imported.
+_HEADS: tuple[tuple[str, str], ...] = (
+    ("ForCausalLM", "AutoModelForCausalLM"),
+    ("LMHeadModel", "AutoModelForCausalLM"),
+    ("ForConditionalGeneration", "AutoModelForImageTextToText"),
+    ("ForImageClassification", "AutoModelForImageClassification"),
+    ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification"),
+    ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    ("ForMaskedLM", "AutoModelForMaskedLM"),
+    ("ForMaskedImageModeling", "AutoModelForMaskedImageModeling"),
+    ("ForPreTraining", "AutoModelForPreTraining"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model was found. `where` is the folder, the lab's name or the hub id."""
+
+    kind: Literal["folder", "lab", "hub"]
+    where: str
+
+
+def models_root() -> Path:
+    """The folder of TROCAR_MODELS, by default ~/.cache/trocar/models."""
+    return Path(os.environ.get("TROCAR_MODELS") or Path.home() / ".cache" / "trocar" / "models").expanduser()
+
+
+def local_models() -> list[str]:
+    """Names of the checkpoints under `models_root()`."""
+    root = models_root()
+    return sorted(path.parent.name for path in root.glob("*/config.json")) if root.is_dir() else []
+
+
+def find_model(source: str) -> Place:
+    """Say what `source` names, without loading it: lab, folder, name under TROCAR_MODELS, hub id, in this order.
+
+    Raises DataError for a folder without a checkpoint and for what can be none of the four.
+    """
+    if source.startswith("lab:"):
+        return Place("lab", source.removeprefix("lab:"))
+    folder = Path(source).expanduser()
+    for candidate in (folder, models_root() / source):
+        if (candidate / "config.json").is_file():
+            return Place("folder", str(candidate))
+    if folder.exists():
+        raise DataError(f"{source} is not a model: it has no config.json.", "Give the folder of a Hugging Face checkpoint.")
+    if not _HUB_ID.match(source) or source.count("/") > 1:
+        raise DataError(f"There is no model folder {source}.", _known_models(source))
+    return Place("hub", source)
+
+
+def _known_models(source: str) -> str:
+    names = local_models()
+    return nearest(source, names) if names else f"Nothing is stored under {models_root()} (TROCAR_MODELS) either."
+
+
+def load_model(model: ModelSource | str) -> PreTrainedModel:
+    """Load the model, in eval mode, on its device. Raises DataError if it cannot be found or read, UnsupportedModelError if not loadable.
+
+    Nothing is ever executed from a checkpoint unless `trust_remote_code` is set; weights are read from safetensors only.
+    """
+    asked = ModelSource(source=model) if isinstance(model, str) else model
+    place = find_model(asked.source)
+    if place.kind == "lab":
+        return _place_lab(place.where, asked)
+    return _load_pretrained(place, asked)
+
+
+def _place_lab(name: str, asked: ModelSource) -> PreTrainedModel:
+    from trocar import lab
+
+    model = lab.load_model(name)
+    if asked.attn_implementation:
+        model.set_attn_implementation(asked.attn_implementation)
+    return _settle(model, asked)
+
+
+def _load_pretrained(place: Place, asked: ModelSource) -> PreTrainedModel:
+    import transformers
+
+    common: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
+    if place.kind == "hub":
+        common["revision"] = asked.revision
+    elif asked.revision:
+        raise DataError(f"model.revision is set, but {asked.source} is a folder.", "Only hub ids have revisions; remove the key.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(place.where, **common)
+        loader = getattr(transformers, _auto_class(config, place))
+        if asked.attn_implementation:
+            common["attn_implementation"] = asked.attn_implementation
+        model, report = loader.from_pretrained(
+            place.where, config=config, dtype=asked.dtype, use_safetensors=True, output_loading_info=True, **common
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _explained(error, place, asked) from error
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise DataError(
+            f"{asked.source} lacks {len(missing)} of its architecture's parameters, {missing[0]} first; they would be random.",
+            "Use a complete checkpoint, or its architecture without the head.",
+        )
+    return _settle(model, asked)
+
+
+def _settle(model: Any, asked: ModelSource) -> PreTrainedModel:
+    import torch
+
+    device = _device(asked.device)
+    dtype = None if asked.dtype == "auto" else getattr(torch, asked.dtype)
+    try:
+        return model.to(device=device, dtype=dtype).eval()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UnsupportedModelError(f"{asked.source} cannot be moved to {device}: {str(error).splitlines()[0]}.") from error
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator.type if accelerator else "cpu"
+    kind = name.partition(":")[0]
+    if kind != "cpu" and not (torch.accelerator.is_available() and str(torch.accelerator.current_accelerator().type) == kind):  # type: ignore[union-attr]
+        raise DataError(f"model.device is {name}, which this machine does not have.", "Set it to auto or cpu; `trocar doctor` lists devices.")
+    return name
+
+
+def _auto_class(config: Any, place: Place) -> str:
+    architecture = (config.architectures or [""])[0] or ""
+    for ending, loader in _HEADS:
+        if architecture.endswith(ending):
+            return loader
+    return "AutoModel"
+
+
+def _explained(error: Exception, place: Place, asked: ModelSource) -> Exception:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if place.kind == "hub" and isinstance(error, OSError):
+        offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "ON", "YES", "TRUE")
+        why = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "it could not be had from the hub"
+        return DataError(f"The model {asked.source} is no folder, not under {models_root()}, and {why}: {first}", _known_models(asked.source))
+    if isinstance(error, OSError) and "safetensors" in str(error):
+        return DataError(f"{asked.source} has no weights in safetensors: {first}", "Convert them; other formats can execute code and are not read.")
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return UnsupportedModelError(f"{asked.source} needs code of its own.", "Set model.trust_remote_code: true if you have read that code.")
+    return UnsupportedModelError(f"{asked.source} cannot be loaded: {first}")
+
+
+def describe_source(model: ModelSource) -> str:
+    """One line for a dry run: where the model would come from, and its size on disk where that is known."""
+    place = find_model(model.source)
+    if place.kind != "folder":
+        return f"{place.kind} {place.where}"
+    weights = sorted(Path(place.where).glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weights)
+    kind = read_json(Path(place.where) / "config.json").get("model_type", "unknown type")
+    return f"folder {place.where} ({kind}, {len(weights)} file{'s' * (len(weights) != 1)}, {size / 2**20:.1f} MiB)"

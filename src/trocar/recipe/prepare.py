@@ -1,0 +1,67 @@
+"""Everything that can be known to be wrong before a model is loaded. Floor 7."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trocar.core.errors import ConfigError, nearest
+from trocar.recipe.registry import get_method
+from trocar.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from trocar.core.config import Config
+    from trocar.evaluate import Check
+    from trocar.lab.data import DataConfig
+    from trocar.method import Method
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose every part has been validated by the room that will read it."""
+
+    recipe: Recipe
+    method: Method
+    settings: Config
+    data: Mapping[str, DataConfig]
+    checks: Sequence[Check]
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain data; equal recipes give equal text."""
+        whole = {
+            "version": self.recipe.version,
+            "seed": self.recipe.seed,
+            "model": self.recipe.model.model_dump(mode="json"),
+            "data": {role: source.model_dump(mode="json") for role, source in self.data.items()},
+            "method": {"name": self.method.name, **self.settings.model_dump(mode="json")},
+            "checks": [check.model_dump(mode="json") for check in self.checks],
+        }
+        return json.loads(json.dumps(whole))
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Import the method and validate settings, roles, data sources and checks. Raises ConfigError with the key's path."""
+    from trocar.evaluate import Check
+    from trocar.lab.data import DataConfig
+
+    method = get_method(recipe.method.name)
+    settings = method.config.parse(recipe.method.settings, "method")
+    check_roles(method.roles, recipe.data)
+    data = {role: DataConfig.parse(source, f"data.{role}") for role, source in recipe.data.items()}
+    asked = method.default_checks if recipe.checks is None else recipe.checks
+    checks = [Check.parse(dict(check), f"checks[{index}]") for index, check in enumerate(asked)]
+    return Prepared(recipe, method, settings, data, checks)
+
+
+def check_roles(declared: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Compare a recipe's data roles with a method's. `name?` may be missing; `name*` may be missing or repeat as `name.anything`."""
+    plain = {role.rstrip("?*"): role for role in declared}
+    for role in given:
+        stem = role if role in plain else role.partition(".")[0]
+        if stem not in plain or (stem != role and "*" not in plain[stem]):
+            raise ConfigError(f"data.{role} is not a role of this method.", nearest(role, plain))
+    for stem, role in plain.items():
+        if role == stem and stem not in given:
+            raise ConfigError(f"data.{stem} is missing: {declared[role]}", f"Add it under data; `trocar new` shows how. Given: {', '.join(given) or 'nothing'}.")

@@ -1,0 +1,43 @@
+"""The closed table of methods. A name in a recipe is looked up here and nowhere else; nothing is imported by a name from a file. Floor 7."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trocar.core.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from trocar.method import Method
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a method lives (`module:attribute`), and what `trocar methods` says about it without importing it."""
+
+    target: str
+    kind: str
+    summary: str
+
+
+METHODS: dict[str, Entry] = {
+    "where-to-edit": Entry(
+        "trocar.edit.where_to_edit.recipe:METHOD",
+        "edit",
+        "fix a vision transformer's failures on a rare group of images from one example each",
+    ),
+}
+
+
+def entry(name: str) -> Entry:
+    """The table's row for `name`. Raises ConfigError with the nearest known name."""
+    if name not in METHODS:
+        raise ConfigError(f"There is no method '{name}'.", nearest(name, METHODS))
+    return METHODS[name]
+
+
+def get_method(name: str) -> Method:
+    """Import and return the method called `name`."""
+    module, _, attribute = entry(name).target.partition(":")
+    return getattr(importlib.import_module(module), attribute)

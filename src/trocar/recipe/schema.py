@@ -1,0 +1,116 @@
+"""What a recipe may say: frozen, checked once, unknown keys answered with the nearest known one. Floor 7."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from trocar.core.config import Config
+from trocar.core.errors import ConfigError
+from trocar.recipe.registry import entry
+from trocar.recipe.strict_yaml import parse_yaml, read_yaml
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+VERSION = 1
+
+
+class ModelSource(Config):
+    """The model to operate on.
+
+    source: a folder with a Hugging Face checkpoint, a name under TROCAR_MODELS, `lab:NAME`, or a hub id; dtype: `auto` keeps the
+    checkpoint's own; device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` (the first accelerator, else the CPU); attn_implementation: `eager`,
+    `sdpa`, ... (None: the library's default); revision: branch, tag or commit of a hub id; trust_remote_code: run code that the hub
+    repository brings along (off).
+    """
+
+    source: str = pydantic.Field(min_length=1)
+    dtype: Dtype = "auto"
+    device: str = pydantic.Field("cpu", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$")
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        return {"source": data} if isinstance(data, str) else data
+
+
+class MethodChoice(Config):
+    """The method's name, and its settings as they stand in the recipe; `registry.entry(name)` knows what they may be."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Recipe(Config):
+    """A whole job: model, data per role, method with its settings, checks, where to write.
+
+    `data` and `checks` are validated by the rooms that read them (`lab` and `evaluate`) before anything is loaded; `checks` left out means the
+    method's own. A key that starts with `x-` at the top is ignored: a place for anchors.
+    """
+
+    version: Literal[1]
+    seed: int = pydantic.Field(0, ge=0, lt=2**63)
+    model: ModelSource
+    data: dict[str, dict[str, Any]]
+    method: MethodChoice
+    checks: tuple[dict[str, Any], ...] | None = None
+    output: str | None = None
+
+
+def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
+    """Validate a plain mapping. Raises ConfigError naming the key, and for an unknown one the nearest."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be a mapping with version, model, data and method, not {type(data).__name__}.")
+    recipe = Recipe.parse({key: value for key, value in data.items() if not str(key).startswith("x-")}, where)
+    entry(recipe.method.name)
+    return recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe. `overrides` are `key.path=value`, the value in YAML (`method.keep=0.1`, `checks.0.threshold=1`).
+
+    Raises ConfigError for anything that is not a valid recipe: unreadable or ambiguous YAML, unknown keys, wrong types, unknown methods.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        data = _override(data, override)
+    return parse_recipe(data, str(path))
+
+
+def _override(data: Any, override: str) -> Any:
+    key, equals, text = override.partition("=")
+    steps = key.split(".")
+    if not equals or not all(steps):
+        raise ConfigError(f"--set {override!r} is not of the form key=value.", "For example --set method.keep=0.1.")
+    value = parse_yaml(text, f"--set {key}") if text else None
+    data = copy.deepcopy(data)  # anchors make parts of a recipe one object
+    place = data
+    for depth, step in enumerate(steps):
+        last = depth == len(steps) - 1
+        if isinstance(place, list):
+            if not step.isdigit() or int(step) >= len(place):
+                raise ConfigError(f"--set {key}: {'.'.join(steps[:depth])} has no entry {step!r}.", f"It has {len(place)}, counted from 0.")
+            place[int(step)] = value if last else copy.deepcopy(place[int(step)])
+            place = place[int(step)]
+        elif isinstance(place, dict):
+            place[step] = value if last else copy.deepcopy(place.get(step, {}))
+            place = place[step]
+        else:
+            raise ConfigError(f"--set {key}: {'.'.join(steps[:depth]) or 'the recipe'} holds no keys.")
+    return data
