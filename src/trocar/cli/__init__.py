@@ -1,4 +1,4 @@
-"""The `trocar` command. Floor 8. Nothing here imports torch before a command needs it, so that `--help` answers at once."""
+"""The `trocar` command. Floor 7. Nothing here imports torch before a command needs it, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("TROCAR_DEBUG") == "1"
     try:
-        app(arguments, prog_name="trocar", standalone_mode=True)
+        app([word for word in arguments if word != "--debug"], prog_name="trocar", standalone_mode=True)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except TrocarError as error:

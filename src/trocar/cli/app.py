@@ -1,4 +1,4 @@
-"""The commands that do not belong to a group, and the groups. Floor 8. Import inside the commands: this file is read for `--help`."""
+"""The commands that do not belong to a group, and the groups. Floor 7. Import inside the commands: this file is read for `--help`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also TROCAR_DEBUG=1).")] = False,
 ) -> None:
-    pass  # `main` reads --debug itself: it has to know also when parsing the rest fails
+    pass  # `main` reads --debug itself, wherever it stands
 
 
 Model = Annotated[

@@ -1,4 +1,4 @@
-"""What the shell offers after <tab>. Floor 8. Called on every keystroke: no torch, no error may escape."""
+"""What the shell offers after <tab>. Floor 7. Called on every keystroke: no torch, no error may escape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables and lines on standard output. Floor 8."""
+"""Tables and lines on standard output. Floor 7."""
 
 from __future__ import annotations
 

@@ -21,18 +21,20 @@ class Workspace:
     Computations must draw randomness from `trocar.core.seeds`, so that a resumed run gives the same bytes as an uninterrupted one.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, common: Mapping[str, Any] | None = None) -> None:
+        """common: what belongs to the key of every unit in here (a run adds its model's fingerprint)."""
         self.folder = Path(folder)
+        self.common = dict(common or {})
 
     def values(self, name: str, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """Return the JSON-able result of the unit, computing and committing it if it is not there."""
-        path = self.folder / f"{name}.json"
+        path, digest = self.folder / f"{name}.json", self._digest(key)
         if path.exists():
             stored = read_json(path)
-            if stored["key"] == _digest(key):
+            if stored["key"] == digest:
                 return stored["value"]
         value = json.loads(json.dumps(compute()))
-        write_json(path, {"key": _digest(key), "value": value})
+        write_json(path, {"key": digest, "value": value})
         return value
 
     def tensors(self, name: str, key: Mapping[str, Any], compute: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -40,20 +42,20 @@ class Workspace:
         from safetensors import safe_open
         from safetensors.torch import save_file
 
-        path = self.folder / f"{name}.safetensors"
+        path, digest = self.folder / f"{name}.safetensors", self._digest(key)
         if path.exists():
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("key") == _digest(key):
+                if (file.metadata() or {}).get("key") == digest:
                     return {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118 - not a dict
         result = {tensor: value.detach().cpu().contiguous() for tensor, value in compute().items()}
         with atomic_path(path) as temporary:
-            save_file(result, temporary, metadata={"key": _digest(key)})
+            save_file(result, temporary, metadata={"key": digest})
         return result
 
     def room(self, name: str) -> Workspace:
         """A workspace in a sub-folder."""
-        return Workspace(self.folder / name)
+        return Workspace(self.folder / name, self.common)
 
-
-def _digest(key: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    def _digest(self, key: Mapping[str, Any]) -> str:
+        whole = [self.common, key] if self.common else key
+        return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""The run folder: who owns it, whether it may be resumed, and its log. Floor 7.
+"""The run folder: who owns it, whether it may be resumed, and its log. Floor 6.
 
 Every file but `log.jsonl` is written whole or not at all (core.files), and holds nothing that differs between two equal runs.
 """

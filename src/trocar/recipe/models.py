@@ -1,4 +1,4 @@
-"""From a model's short name to a loaded model: folder, name under TROCAR_MODELS, `lab:NAME`, or hub id. Floor 7."""
+"""From a model's short name to a loaded model: folder, name under TROCAR_MODELS, `lab:NAME`, or hub id. Floor 6."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def local_models() -> list[str]:
     return sorted(path.parent.name for path in root.glob("*/config.json")) if root.is_dir() else []
 
 
-def find_model(source: str) -> Place:
+def find_model(source: str, base: Path | None = None) -> Place:
     """Say what `source` names, without loading it: lab, folder, name under TROCAR_MODELS, hub id, in this order.
 
-    Raises DataError for a folder without a checkpoint and for what can be none of the four.
+    base: the folder that relative paths start from. Raises DataError for a folder without a checkpoint and for what can be none of the four.
     """
     if source.startswith("lab:"):
         return Place("lab", source.removeprefix("lab:"))
-    folder = Path(source).expanduser()
+    folder = (base or Path()) / Path(source).expanduser()
     for candidate in (folder, models_root() / source):
         if (candidate / "config.json").is_file():
             return Place("folder", str(candidate))
@@ -74,19 +74,19 @@ def _known_models(source: str) -> str:
     return nearest(source, names) if names else f"Nothing is stored under {models_root()} (TROCAR_MODELS) either."
 
 
-def load_model(model: ModelSource | str) -> PreTrainedModel:
+def load_model(model: ModelSource | str, base: Path | None = None) -> PreTrainedModel:
     """Load the model, in eval mode, on its device. Raises DataError if it cannot be found or read, UnsupportedModelError if not loadable.
 
     Nothing is ever executed from a checkpoint unless `trust_remote_code` is set; weights are read from safetensors only.
     """
     asked = ModelSource(source=model) if isinstance(model, str) else model
-    place = find_model(asked.source)
+    place = find_model(asked.source, base)
     if place.kind == "lab":
-        return _place_lab(place.where, asked)
+        return _load_lab(place.where, asked)
     return _load_pretrained(place, asked)
 
 
-def _place_lab(name: str, asked: ModelSource) -> PreTrainedModel:
+def _load_lab(name: str, asked: ModelSource) -> PreTrainedModel:
     from trocar import lab
 
     model = lab.load_model(name)
@@ -166,9 +166,9 @@ def _explained(error: Exception, place: Place, asked: ModelSource) -> Exception:
     return UnsupportedModelError(f"{asked.source} cannot be loaded: {first}")
 
 
-def describe_source(model: ModelSource) -> str:
+def describe_source(model: ModelSource, base: Path | None = None) -> str:
     """One line for a dry run: where the model would come from, and its size on disk where that is known."""
-    place = find_model(model.source)
+    place = find_model(model.source, base)
     if place.kind != "folder":
         return f"{place.kind} {place.where}"
     weights = sorted(Path(place.where).glob("*.safetensors"))

@@ -1,10 +1,11 @@
-"""Everything that can be known to be wrong before a model is loaded. Floor 7."""
+"""Everything that can be known to be wrong before a model is loaded. Floor 6."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trocar.core.errors import ConfigError, nearest
@@ -14,7 +15,7 @@ from trocar.recipe.schema import Recipe
 if TYPE_CHECKING:
     from trocar.core.config import Config
     from trocar.evaluate import Check
-    from trocar.lab.data import DataConfig
+    from trocar.recipe.data import RoleSource
     from trocar.method import Method
 
 
@@ -25,33 +26,40 @@ class Prepared:
     recipe: Recipe
     method: Method
     settings: Config
-    data: Mapping[str, DataConfig]
+    data: Mapping[str, RoleSource]
     checks: Sequence[Check]
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data; equal recipes give equal text."""
+        base = self.recipe.base
+        model = self.recipe.model.model_dump(mode="json") | {"source": absolute(self.recipe.model.source, base)}
         whole = {
             "version": self.recipe.version,
             "seed": self.recipe.seed,
-            "model": self.recipe.model.model_dump(mode="json"),
-            "data": {role: source.model_dump(mode="json") for role, source in self.data.items()},
+            "model": model,
+            "data": {role: source.model_dump(mode="json") | {"source": absolute(source.source, base)} for role, source in self.data.items()},
             "method": {"name": self.method.name, **self.settings.model_dump(mode="json")},
             "checks": [check.model_dump(mode="json") for check in self.checks],
         }
         return json.loads(json.dumps(whole))
 
 
+def absolute(source: str, base: Path) -> str:
+    """A relative path that leads somewhere from the recipe's folder, made absolute; names of models and sets stay as they are."""
+    path = base / Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
 def prepare(recipe: Recipe) -> Prepared:
     """Import the method and validate settings, roles, data sources and checks. Raises ConfigError with the key's path."""
-    from trocar.evaluate import Check
-    from trocar.lab.data import DataConfig
+    from trocar.evaluate import parse_checks
+    from trocar.recipe.data import RoleSource
 
     method = get_method(recipe.method.name)
     settings = method.config.parse(recipe.method.settings, "method")
     check_roles(method.roles, recipe.data)
-    data = {role: DataConfig.parse(source, f"data.{role}") for role, source in recipe.data.items()}
-    asked = method.default_checks if recipe.checks is None else recipe.checks
-    checks = [Check.parse(dict(check), f"checks[{index}]") for index, check in enumerate(asked)]
+    data = {role: RoleSource.parse(source, f"data.{role}") for role, source in recipe.data.items()}
+    checks = parse_checks(method.default_checks if recipe.checks is None else recipe.checks)
     return Prepared(recipe, method, settings, data, checks)
 
 

@@ -1,4 +1,4 @@
-"""What a recipe may say: frozen, checked once, unknown keys answered with the nearest known one. Floor 7."""
+"""What a recipe may say: frozen, checked once, unknown keys answered with the nearest known one. Floor 6."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 
 from trocar.core.config import Config
-from trocar.core.errors import ConfigError
+from trocar.core.errors import ConfigError, nearest
 from trocar.recipe.registry import entry
 from trocar.recipe.strict_yaml import parse_yaml, read_yaml
 
@@ -61,7 +61,8 @@ class Recipe(Config):
     """A whole job: model, data per role, method with its settings, checks, where to write.
 
     `data` and `checks` are validated by the rooms that read them (`lab` and `evaluate`) before anything is loaded; `checks` left out means the
-    method's own. A key that starts with `x-` at the top is ignored: a place for anchors.
+    method's own. A key that starts with `x-` at the top is ignored: a place for anchors. `base` is the folder that relative paths of
+    models and data start from; it is not a key of the file: a recipe's own folder, else the current one.
     """
 
     version: Literal[1]
@@ -71,13 +72,17 @@ class Recipe(Config):
     method: MethodChoice
     checks: tuple[dict[str, Any], ...] | None = None
     output: str | None = None
+    base: Path = pydantic.Field(default_factory=Path, exclude=True)
 
 
-def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
+def parse_recipe(data: Any, where: str = "recipe", base: Path | None = None) -> Recipe:
     """Validate a plain mapping. Raises ConfigError naming the key, and for an unknown one the nearest."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must be a mapping with version, model, data and method, not {type(data).__name__}.")
-    recipe = Recipe.parse({key: value for key, value in data.items() if not str(key).startswith("x-")}, where)
+    if "base" in data:
+        raise ConfigError(f"{where}.base is not a known setting.", nearest("base", Recipe.model_fields.keys() - {"base"}))
+    keys = {key: value for key, value in data.items() if not str(key).startswith("x-")}
+    recipe = Recipe.parse({**keys, "base": (base or Path()).resolve()}, where)
     entry(recipe.method.name)
     return recipe
 
@@ -90,7 +95,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = read_yaml(path)
     for override in overrides:
         data = _override(data, override)
-    return parse_recipe(data, str(path))
+    return parse_recipe(data, str(path), Path(path).parent)
 
 
 def _override(data: Any, override: str) -> Any:
@@ -101,16 +106,26 @@ def _override(data: Any, override: str) -> Any:
     value = parse_yaml(text, f"--set {key}") if text else None
     data = copy.deepcopy(data)  # anchors make parts of a recipe one object
     place = data
-    for depth, step in enumerate(steps):
-        last = depth == len(steps) - 1
+    depth = 0
+    while depth < len(steps):
+        step = _longest_key(place, steps[depth:])
+        here = ".".join(steps[:depth]) or "the recipe"
+        depth += step.count(".") + 1
+        last = depth == len(steps)
         if isinstance(place, list):
             if not step.isdigit() or int(step) >= len(place):
-                raise ConfigError(f"--set {key}: {'.'.join(steps[:depth])} has no entry {step!r}.", f"It has {len(place)}, counted from 0.")
+                raise ConfigError(f"--set {key}: {here} has no entry {step!r}.", f"It has {len(place)}, counted from 0.")
             place[int(step)] = value if last else copy.deepcopy(place[int(step)])
             place = place[int(step)]
         elif isinstance(place, dict):
             place[step] = value if last else copy.deepcopy(place.get(step, {}))
             place = place[step]
         else:
-            raise ConfigError(f"--set {key}: {'.'.join(steps[:depth]) or 'the recipe'} holds no keys.")
+            raise ConfigError(f"--set {key}: {here} holds no keys.")
     return data
+
+
+def _longest_key(place: Any, steps: Sequence[str]) -> str:
+    """Keys may hold dots themselves (`locality.random`): the longest one that is there, else the first step."""
+    known = place if isinstance(place, dict) else {}
+    return next((".".join(steps[:n]) for n in range(len(steps), 1, -1) if ".".join(steps[:n]) in known), steps[0])

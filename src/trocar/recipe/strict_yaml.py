@@ -1,4 +1,4 @@
-"""YAML that means what it says: plain data only, no key twice, no tags, `1e-3` is a number and `no` is a word. Floor 7."""
+"""YAML that means what it says: plain data only, no key twice, no tags, `1e-3` is a number and `no` is a word. Floor 6."""
 
 from __future__ import annotations
 

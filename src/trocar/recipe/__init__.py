@@ -1,0 +1,42 @@
+"""Floor 6: from a YAML recipe to a run folder that survives being killed. Names are imported on first use, so that reading a recipe needs
+no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trocar.recipe.engine import Forecast, RunResult, forecast, run
+    from trocar.recipe.models import find_model, load_model
+    from trocar.recipe.registry import METHODS, get_method
+    from trocar.recipe.schema import Recipe, load_recipe, parse_recipe
+
+_HOMES = {
+    "engine": ("Forecast", "RunResult", "forecast", "run"),
+    "models": ("find_model", "load_model"),
+    "registry": ("METHODS", "get_method"),
+    "schema": ("Recipe", "load_recipe", "parse_recipe"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [
+    "METHODS",
+    "Forecast",
+    "Recipe",
+    "RunResult",
+    "find_model",
+    "forecast",
+    "get_method",
+    "load_model",
+    "load_recipe",
+    "parse_recipe",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
