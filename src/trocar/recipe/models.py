@@ -157,8 +157,8 @@ def _explained(error: Exception, place: Place, asked: ModelSource) -> Exception:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if place.kind == "hub" and isinstance(error, OSError):
         offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "ON", "YES", "TRUE")
-        why = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "it could not be had from the hub"
-        return DataError(f"The model {asked.source} is no folder, not under {models_root()}, and {why}: {first}", _known_models(asked.source))
+        why = "the hub is switched off (HF_HUB_OFFLINE) and has left no copy." if offline else f"it could not be had from the hub: {first}"
+        return DataError(f"The model {asked.source} is no folder, not under {models_root()}, and {why}", _known_models(asked.source))
     if isinstance(error, OSError) and "safetensors" in str(error):
         return DataError(f"{asked.source} has no weights in safetensors: {first}", "Convert them; other formats can execute code and are not read.")
     if "trust_remote_code" in str(error) or "custom code" in str(error):

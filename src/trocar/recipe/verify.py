@@ -11,10 +11,10 @@ import torch
 from trocar.anatomy import fingerprint
 from trocar.core.errors import EditError
 from trocar.evaluate.forward import evaluating, place
-from trocar.patch import Patch
 
 if TYPE_CHECKING:
     from trocar.method import Examples
+    from trocar.patch import Patch
 
 ROWS = 64  # of each role; enough to see whether anything moved, cheap beside any edit
 
