@@ -51,6 +51,7 @@ def _run(job: Job) -> Outcome:
             with torch.no_grad():
                 parameter.copy_(before)
     op = SparseReplace.between(name, before, after)
+    ops = (op,) if op else ()
     states = ("another model" if config.sabotage == "wrong state" else base, state)
     measurements = [
         success(old[role], new[role], rows.labels, states) if role == "edit" else locality(old[role], new[role], states, role)
@@ -62,7 +63,7 @@ def _run(job: Job) -> Outcome:
 
     moved = torch.linalg.vector_norm(after - before, dim=0)
     return Outcome(
-        Patch(Base.of(model), (op,) if op else (), method="dense-step", settings=config.model_dump()),
+        Patch(Base.of(model, ops), ops, method="dense-step", settings=config.model_dump()),
         measurements,
         {"head": Scores("block", "", {f"L{layer}": float(moved[layer]) for layer in range(tower.n_layers)}, How("dense-step", "edit", {}, base))},
         [Figure("loss", "Loss", "curve", "step", "loss", [{"step": i, "loss": loss} for i, loss in enumerate(losses)])],

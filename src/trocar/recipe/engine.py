@@ -67,7 +67,7 @@ def run(recipe: Recipe | str | Path, output: str | Path | None = None, dry_run: 
     """Run `recipe` into the folder `output`, resuming what is there.
 
     recipe: a parsed recipe or the path of one; output: the run folder, else the recipe's `output`, else `runs/NAME`; dry_run: only predict;
-    report: makes `report.html` from the finished folder (`trocar.report.write_report`; the command line passes it).
+    report: makes `report.html` from the finished folder (`trocar.report.render`; the command line passes it).
 
     Raises ConfigError and DataError before anything is loaded where possible, RunError if the folder is in use or belongs to another run,
     EditError if the patch did not take or cannot be taken back. Failed checks are no error here: see `RunResult.ok`.
