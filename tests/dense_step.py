@@ -65,9 +65,20 @@ def _run(job: Job) -> Outcome:
     return Outcome(
         Patch(Base.of(model, ops), ops, method="dense-step", settings=config.model_dump()),
         measurements,
-        {"head": Scores("block", "", {f"L{layer}": float(moved[layer]) for layer in range(tower.n_layers)}, How("dense-step", "edit", {}, base))},
+        {
+            "head": Scores(
+                "block", "", {f"L{layer}": float(moved[layer]) for layer in range(tower.n_layers)}, How("dense-step", "edit", {}, base)
+            )
+        },
         [Figure("loss", "Loss", "curve", "step", "loss", [{"step": i, "loss": loss} for i, loss in enumerate(losses)])],
-        [Gallery("edited", "Edited pictures", edit.pictures, *(named(side) for side in (old["edit"].argmax(1), new["edit"].argmax(1), edit.labels)))],
+        [
+            Gallery(
+                "edited",
+                "Edited pictures",
+                edit.pictures,
+                *(named(side) for side in (old["edit"].argmax(1), new["edit"].argmax(1), edit.labels)),
+            )
+        ],
         {"last loss": losses[-1] if losses else None},
     )
 

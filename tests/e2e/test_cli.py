@@ -53,7 +53,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trocar(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trocar", *words], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "trocar", *words], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
 
 
 def test_help_answers_in_half_a_second_and_needs_no_torch() -> None:
@@ -65,7 +67,9 @@ def test_help_answers_in_half_a_second_and_needs_no_torch() -> None:
         assert done.returncode == 0
     assert all(command in done.stdout for command in [*COMMANDS, *GROUPS])
     assert min(times) < 0.5
-    probe = "import sys; from trocar.cli import main; main(['--help']); print(sorted({'torch', 'transformers', 'pydantic'} & set(sys.modules)))"
+    probe = (
+        "import sys; from trocar.cli import main; main(['--help']); print(sorted({'torch', 'transformers', 'pydantic'} & set(sys.modules)))"
+    )
     loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert loaded.stdout.splitlines()[-1] == "[]"
 
@@ -120,7 +124,7 @@ def test_usage_errors_exit_with_2(words: list[str], capsys: pytest.CaptureFixtur
     [
         (["new", "where-to-edt"], "Did you mean 'where-to-edit'?"),
         (["run", "nowhere.yaml"], "no such file"),
-        (["report", "nowhere"], "no run folder nowhere"),
+        (["report", "nowhere"], "There is no run folder nowhere"),
         (["inspect", "./nowhere"], "There is no model folder ./nowhere"),
         (["inspect", "nobody/nothing"], "HF_HUB_OFFLINE"),
         (["inspect", "lab:vit-cifar-rara"], "Did you mean 'vit-cifar-rare'?"),
@@ -133,7 +137,9 @@ def test_usage_errors_exit_with_2(words: list[str], capsys: pytest.CaptureFixtur
         (["patch", "export", "a", "lab:vit-cifar-rare", "out", "--to", "pefd"], "Did you mean 'peft'?"),
     ],
 )
-def test_bad_words_are_answered(words: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_words_are_answered(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     captured = capsys.readouterr()

@@ -72,7 +72,7 @@ def test_scalars_mean_what_they_say() -> None:
     ],
 )
 def test_anything_ambiguous_is_refused_with_its_place(text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match="x.*") as error:
+    with pytest.raises(ConfigError) as error:
         parse_yaml(text, "x")
     assert says in str(error.value)
 
@@ -98,7 +98,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words | st.sampled_from(["no", "1e-3", "~", "010", "1:30", "<<", "=", ".5"])
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | words
+    | st.sampled_from(["no", "1e-3", "~", "010", "1:30", "<<", "=", ".5"])
+)
 plain = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=12)
 
 
@@ -114,7 +121,9 @@ def test_what_is_written_is_what_is_read(data: Any) -> None:
 
 def test_a_recipe_is_read_and_overridden(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    recipe = load_recipe(path, ["method.keep=0.5", "seed=9", "checks.0.threshold=.9", "data.locality.random.limit=5", "model.dtype=bfloat16"])
+    recipe = load_recipe(
+        path, ["method.keep=0.5", "seed=9", "checks.0.threshold=.9", "data.locality.random.limit=5", "model.dtype=bfloat16"]
+    )
     assert recipe.seed == 9
     assert recipe.method.settings == {"keep": 0.5}
     assert recipe.checks is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,21 +41,32 @@ def recipe(**changes: Any) -> Recipe:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Everything in a run folder that must not depend on when and how often it was killed."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "log.jsonl"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "log.jsonl"
+    }
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "dense-step", Entry("dense_step:METHOD", "edit", "for tests"))
         run(recipe(), folder)
-    yield folder
+    return folder
 
 
 def test_a_run_writes_what_the_contract_says(whole: Path) -> None:
     names = set(files(whole))
-    assert {"recipe.yaml", "result.json", "patch.safetensors", "scores/head.safetensors", "figures/loss.csv", "pictures/edited/3.png"} <= names
+    assert {
+        "recipe.yaml",
+        "result.json",
+        "patch.safetensors",
+        "scores/head.safetensors",
+        "figures/loss.csv",
+        "pictures/edited/3.png",
+    } <= names
     assert not any(name.endswith(".tmp") or name == ".lock" for name in names)
     result = read_result(whole)
     assert result.verdict == "passed"
@@ -103,7 +113,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", range(0, 15, 2))
-def test_a_run_that_dies_at_any_write_resumes_to_the_same_bytes(whole: Path, tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_dies_at_any_write_resumes_to_the_same_bytes(
+    whole: Path, tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     writes, replace = iter(range(1000)), os.replace
@@ -185,8 +197,8 @@ def test_a_method_is_held_to_its_word(tmp_path: Path, sabotage: str, says: str) 
 
 def test_a_patch_is_held_to_its_word() -> None:
     model = load_model("lab:vit-cifar-rare")
-    from trocar.recipe.data import load_roles, RoleSource
     from trocar.evaluate import BaseOutputs
+    from trocar.recipe.data import RoleSource, load_roles
 
     data = load_roles({"edit": RoleSource(source="lab:cifar-rare", limit=2)}, model, BaseOutputs("unused"), Path())
     base = fingerprint(model)
@@ -216,11 +228,19 @@ def test_a_dry_run_predicts_and_writes_nothing(tmp_path: Path) -> None:
     ("changes", "error", "says"),
     [
         ({"method": {"name": "dense-step", "stepz": 4}}, ConfigError, "method.stepz is not a known setting. Did you mean 'steps'?"),
-        ({"data": {"edit": {"source": "lab:cifar-rare", "wher": {}}}}, ConfigError, "data.edit.wher is not a known setting. Did you mean 'where'?"),
+        (
+            {"data": {"edit": {"source": "lab:cifar-rare", "wher": {}}}},
+            ConfigError,
+            "data.edit.wher is not a known setting. Did you mean 'where'?",
+        ),
         ({"data": {"edit": {"source": "lab:cifar-rare", "only": "bad"}}}, ConfigError, "data.edit.only"),
         ({"data": {"locality": {"source": "lab:cifar-rare"}}}, ConfigError, "data.edit is missing: pictures to get right"),
         ({"data": {"edit": {"source": "lab:cifar-rara"}}}, DataError, "data.edit: The package has no excerpt"),
-        ({"data": {"edit": {"source": "lab:cifar-rare", "where": {"role": "failure"}, "only": "right"}}}, DataError, "data.edit: none of the"),
+        (
+            {"data": {"edit": {"source": "lab:cifar-rare", "where": {"role": "failure"}, "only": "right"}}},
+            DataError,
+            "data.edit: none of the",
+        ),
         ({"data": {"edit": {"source": "lab:cifar-rare", "predicted": "insect"}}}, DataError, "Did you mean 'insects'?"),
         ({"checks": [{"measurement": "success", "op": "=>", "threshold": 1}]}, ConfigError, "checks.0"),
         ({"checks": [{"measurement": "sucess", "op": ">", "threshold": 1}]}, ConfigError, "Did you mean 'success'?"),
@@ -238,8 +258,16 @@ def test_only_and_predicted_ask_the_base_model(tmp_path: Path) -> None:
     from trocar.recipe.data import RoleSource, load_roles
 
     model = load_model("lab:vit-cifar-rare")
-    names = {"wrong": {"only": "wrong"}, "right": {"only": "right"}, "all": {}, "few": {"only": "wrong", "limit": 3}, "one": {"predicted": "trees"}}
-    sources = {name: RoleSource.model_validate({"source": "lab:cifar-rare", "where": {"role": "random"}, **asked}) for name, asked in names.items()}
+    names = {
+        "wrong": {"only": "wrong"},
+        "right": {"only": "right"},
+        "all": {},
+        "few": {"only": "wrong", "limit": 3},
+        "one": {"predicted": "trees"},
+    }
+    sources = {
+        name: RoleSource.model_validate({"source": "lab:cifar-rare", "where": {"role": "random"}, **asked}) for name, asked in names.items()
+    }
     roles = load_roles(sources, model, BaseOutputs(tmp_path), Path())
     predicted = {name: outputs(model, rows).argmax(1) for name, rows in roles.items()}
     assert bool((predicted["wrong"] != roles["wrong"].labels).all())

@@ -27,11 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _say("Interrupted. A run goes on where it stopped when the same command is given again.")
-        return 130
     return 0
 
 

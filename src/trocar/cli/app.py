@@ -11,7 +11,8 @@ from trocar.cli import complete, lab, patch
 
 app = typer.Typer(
     name="trocar",
-    help="Keyhole surgery for pretrained transformers: find the few parts that matter, change only those, prove that the rest stayed as it was.",
+    help="Keyhole surgery for pretrained transformers: find the few parts that matter, change only those, "
+    "prove that the rest stayed as it was.",
     epilog="Start with: trocar demo. Shell completion: trocar --install-completion.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -40,7 +41,9 @@ def _options(
 
 Model = Annotated[
     str,
-    typer.Argument(help="Checkpoint folder, name under TROCAR_MODELS, lab:NAME or hub id.", autocompletion=complete.models, show_default=False),
+    typer.Argument(
+        help="Checkpoint folder, name under TROCAR_MODELS, lab:NAME or hub id.", autocompletion=complete.models, show_default=False
+    ),
 ]
 
 
@@ -87,9 +90,14 @@ def new(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. [dim]default: the recipe's own, else runs/NAME[/dim]", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Run folder. [dim]default: the recipe's own, else runs/NAME[/dim]", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be loaded and predict memory and time.")] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Change one key, as in --set method.keep=0.1. Repeatable.", metavar="KEY=VALUE")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one key, as in --set method.keep=0.1. Repeatable.", metavar="KEY=VALUE")
+    ] = None,
 ) -> None:
     """Run a recipe into a run folder; a killed run goes on where it stopped, a finished one is only shown.
 
@@ -105,7 +113,10 @@ def run(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write. [dim]default: report.html in the run folder[/dim]", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write. [dim]default: report.html in the run folder[/dim]", show_default=False),
+    ] = None,
 ) -> None:
     """Make the report again, from the run folder alone.
 

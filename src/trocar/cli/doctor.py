@@ -21,7 +21,7 @@ EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "gguf": (("gguf", "gguf"), ("sentencepiece", "sentencepiece")),
     "bench": (("nnsight", "nnsight"), ("transformer-lens", "transformer_lens"), ("pyvene", "pyvene")),
 }
-# What a method can work on (weights as loaded) and where its result runs. Formats are tried by the method's tests; engines by what it writes.
+# What a method can work on (weights as loaded) and where its result runs.
 FORMATS = ("float32", "bfloat16", "float16", "quantised", "GGUF")
 ENGINES = ("transformers", "transformers without trocar", "vLLM", "llama.cpp")
 SUPPORT: dict[str, dict[str, str]] = {
@@ -42,6 +42,7 @@ SUPPORT: dict[str, dict[str, str]] = {
 def gather() -> dict[str, Any]:
     """All facts as plain data, ready for JSON."""
     import torch
+
     from trocar import __version__
 
     return {
@@ -90,7 +91,9 @@ def _extra(packages: tuple[tuple[str, str], ...]) -> str:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -125,5 +128,3 @@ def _data() -> dict[str, str]:
         **{name: splits or "not there" for name, splits in found.items()},
         **{f"lab:{name}": "in the package" for name in excerpts()},
     }
-
-

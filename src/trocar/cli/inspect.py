@@ -27,7 +27,9 @@ def inspect_model(source: str, dtype: str, as_json: bool) -> None:
     show.table([_row(tower) for tower in towers], "Towers" if len(towers) > 1 else "Tower")
     show.line()
     for tower in towers:
-        show.pairs({name: tower[name] for name in ("block_path", "embedding", "final_norm", "head", "linears")}, f"Paths {tower['name']}".rstrip())
+        show.pairs(
+            {name: tower[name] for name in ("block_path", "embedding", "final_norm", "head", "linears")}, f"Paths {tower['name']}".rstrip()
+        )
     if remarks:
         show.line()
         show.line("Remarks: " + "; ".join(remarks) + ".")

@@ -49,7 +49,9 @@ def train(
     name: Name,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder. [dim]default: the lab's cache[/dim]", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. [dim]default: the lab's cache[/dim]", show_default=False)
+    ] = None,
 ) -> None:
     """Train a model reproducibly; a killed training goes on at its last checkpoint. Needs the data set under TROCAR_DATA.
 
@@ -58,4 +60,5 @@ def train(
     from trocar import lab
     from trocar.cli import show as view
 
-    view.line(f"weights: {lab.train(name, device, output, seed)}")
+    with view.interruptible():
+        view.line(f"weights: {lab.train(name, device, output, seed)}")

@@ -14,7 +14,9 @@ app = typer.Typer(help="Look at a patch, apply it to a checkpoint, stack, compar
 File = Annotated[Path, typer.Argument(help="A patch file (.safetensors).", show_default=False)]
 Model = Annotated[
     str,
-    typer.Argument(help="Checkpoint folder, name under TROCAR_MODELS, lab:NAME or hub id.", autocompletion=complete.models, show_default=False),
+    typer.Argument(
+        help="Checkpoint folder, name under TROCAR_MODELS, lab:NAME or hub id.", autocompletion=complete.models, show_default=False
+    ),
 ]
 
 
@@ -49,8 +51,12 @@ def apply(
 
 @app.command()
 def stack(
-    patches: Annotated[list[Path], typer.Argument(help="Two or more patches of one base, in the order of application.", show_default=False)],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Apply them to this model and measure what each changes.", show_default=False)] = None,
+    patches: Annotated[
+        list[Path], typer.Argument(help="Two or more patches of one base, in the order of application.", show_default=False)
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Apply them to this model and measure what each changes.", show_default=False)
+    ] = None,
     on_overlap: Annotated[str, typer.Option(help="refuse, or order: the later patch wins.")] = "refuse",
 ) -> None:
     """Report where patches of one base write the same place, and whether they can live together. Exit code 2 if they overlap.
@@ -81,7 +87,10 @@ def diff(
 def check(
     patch: File,
     model: Model,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Also measure accuracy on the data roles of this recipe, before and after.", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Also measure accuracy on the data roles of this recipe, before and after.", show_default=False),
+    ] = None,
 ) -> None:
     """Apply the patch to the model, take it back, and compare: right base, something changed, base restored bit for bit.
 

@@ -64,7 +64,12 @@ def stack_patches(paths: Sequence[Path], model: str | None, on_overlap: str) -> 
 
     patches = [Patch.load(path) for path in paths]
     found = stack(patches, on_overlap="order").overlaps()
-    show.table([{"patch": str(path), "operations": len(patch.ops), "bytes": show.size(patch.nbytes)} for path, patch in zip(paths, patches, strict=True)])
+    show.table(
+        [
+            {"patch": str(path), "operations": len(patch.ops), "bytes": show.size(patch.nbytes)}
+            for path, patch in zip(paths, patches, strict=True)
+        ]
+    )
     show.line()
     if found:
         show.table(found, "Overlaps")
@@ -103,7 +108,9 @@ def check_patch(path: Path, model: str, recipe_path: Path | None) -> None:
     state = fingerprint(loaded)
     applied.revert()
     if fingerprint(loaded) != base:
-        raise PatchBaseError(f"{path} does not leave {model} as it was when it is taken back.", "Do not use it on this model, and report it.")
+        raise PatchBaseError(
+            f"{path} does not leave {model} as it was when it is taken back.", "Do not use it on this model, and report it."
+        )
     hooks = " (by hooks: no weight changes)" if state == base else ""
     show.pairs({"base": f"right ({base})", "applied": f"{state}{hooks}", "reverted": f"bit for bit ({base})"}, f"{path} on {model}")
     if recipe is not None:

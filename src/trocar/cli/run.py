@@ -22,10 +22,11 @@ def run_recipe(path: Path, output: Path | None, dry_run: bool, overrides: Sequen
 
     recipe = load_recipe(path, overrides)  # before torch is imported: a typing error is answered at once
     from trocar.recipe.engine import run, run_folder
-    from trocar.report import render
+    from trocar.report import write_report
 
     folder = output or (run_folder(recipe) if recipe.output else Path("runs") / path.stem)
-    done = run(recipe, folder, dry_run, render)
+    with show.interruptible():
+        done = run(recipe, folder, dry_run, write_report)
     if done.forecast:
         show_forecast(done.forecast)
     else:
@@ -40,9 +41,9 @@ def run_demo(output: Path) -> None:
 
 def make_report(folder: Path, output: Path | None) -> None:
     """Render a finished run folder again."""
-    from trocar.report import render
+    from trocar.report import write_report
 
-    show.line(f"report: {render(folder, output)}")
+    show.line(f"report: {write_report(folder, output)}")
 
 
 def show_forecast(forecast: Forecast) -> None:

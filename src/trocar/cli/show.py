@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -57,6 +59,17 @@ def cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(cell(item) for item in value)
     return str(value)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C on long work: one line that says how to go on, exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = "Interrupted. It goes on where it stopped when the same command is given again."
+        Console(stderr=True, soft_wrap=True).print(message)
+        raise typer.Exit(130) from None
 
 
 def size(count: float) -> str:

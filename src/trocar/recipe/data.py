@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class RoleSource(DataConfig):
     """`trocar.lab.data.DataConfig`, and which of its rows are wanted by what the unedited model says of them.
 
-    only: `wrong` or `right` (by the label), `all`; predicted: the class that the model predicts, by name or number. `limit` counts the rows that are left.
+    only: `wrong` or `right` (by the label), `all`; predicted: the class that the model predicts, by name or number. `limit` counts the
+    rows that are left.
     """
 
     only: Literal["wrong", "right", "all"] = "all"
@@ -56,8 +57,17 @@ def _load(source: RoleSource, model: torch.nn.Module, outputs: BaseOutputs, base
         keep &= predicted == _class_number(source.predicted, model)
     rows = keep.nonzero().flatten().tolist()
     if not rows:
-        wanted = [text for text in (source.only if source.only != "all" else "", f"predicted {source.predicted}" if source.predicted is not None else "") if text]
-        raise DataError(f"none of the {len(examples)} examples of {source.source} is {' and '.join(wanted)}.", "The model may already be right.")
+        wanted = [
+            text
+            for text in (
+                source.only if source.only != "all" else "",
+                f"predicted {source.predicted}" if source.predicted is not None else "",
+            )
+            if text
+        ]
+        raise DataError(
+            f"none of the {len(examples)} examples of {source.source} is {' and '.join(wanted)}.", "The model may already be right."
+        )
     if source.limit is not None and source.limit < len(rows):
         order = torch.randperm(len(rows), generator=generator(source.seed, "limit"))[: source.limit]
         rows = [rows[place] for place in sorted(order.tolist())]

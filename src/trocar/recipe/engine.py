@@ -67,7 +67,7 @@ def run(recipe: Recipe | str | Path, output: str | Path | None = None, dry_run: 
     """Run `recipe` into the folder `output`, resuming what is there.
 
     recipe: a parsed recipe or the path of one; output: the run folder, else the recipe's `output`, else `runs/NAME`; dry_run: only predict;
-    report: makes `report.html` from the finished folder (`trocar.report.render`; the command line passes it).
+    report: makes `report.html` from the finished folder (`trocar.report.write_report`; the command line passes it).
 
     Raises ConfigError and DataError before anything is loaded where possible, RunError if the folder is in use or belongs to another run,
     EditError if the patch did not take or cannot be taken back. Failed checks are no error here: see `RunResult.ok`.
@@ -187,7 +187,9 @@ def _believe(job: Job, outcome: Outcome, base: str) -> Verified | None:
         raise EditError(f"The method left the model changed: its fingerprint is {now}, the base's is {base}.", "Please report it.")
     for measurement in outcome.measurements:
         if measurement.state_before != base:
-            raise EditError(f"'{measurement.name}' was measured on {measurement.state_before} before, not on the base {base}.", "Please report it.")
+            raise EditError(
+                f"'{measurement.name}' was measured on {measurement.state_before} before, not on the base {base}.", "Please report it."
+            )
     if outcome.patch is None or not outcome.patch.ops:
         return None
     return verify(job.model, outcome.patch, job.data, base)
@@ -197,5 +199,3 @@ def _peak() -> int:
     """The largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-

@@ -44,7 +44,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise RunError(f"{folder} is in use by {owner}.", "Wait for it to end, or choose another --output.") from None
         except OSError as error:
             os.close(handle)
-            raise RunError(f"{folder} cannot be locked: {error.strerror}.", "Put the run folder on a file system that supports locks.") from None
+            raise RunError(
+                f"{folder} cannot be locked: {error.strerror}.", "Put the run folder on a file system that supports locks."
+            ) from None
         if _is_still(path, handle):  # else its owner ended between our open and our lock, and removed the file
             break
         os.close(handle)
@@ -83,7 +85,9 @@ def claim(folder: Path, recipe: Mapping[str, Any]) -> None:
     if not path.exists():
         foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in (LOCK, LOG) and not entry.name.endswith(".tmp"))
         if foreign:
-            raise RunError(f"{folder} is not a run folder: it holds {foreign[0]} and no {RECIPE}.", "Choose another --output, or an empty one.")
+            raise RunError(
+                f"{folder} is not a run folder: it holds {foreign[0]} and no {RECIPE}.", "Choose another --output, or an empty one."
+            )
         write_text(path, dump_yaml(recipe))
     stored = read_yaml(path)
     different = first_difference(stored, dict(recipe))
@@ -124,7 +128,9 @@ def first_difference(stored: Any, asked: Any, path: str = "") -> tuple[str, Any,
                 return found
         return None
     if isinstance(stored, list) and isinstance(asked, list) and len(stored) == len(asked):
-        return next((f for f in (first_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(stored, asked, strict=True))) if f), None)
+        return next(
+            (f for f in (first_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(stored, asked, strict=True))) if f), None
+        )
     return None if type(stored) is type(asked) and stored == asked else (path or "everything", stored, asked)
 
 

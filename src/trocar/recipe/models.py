@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,7 +57,8 @@ def local_models() -> list[str]:
 def find_model(source: str, base: Path | None = None) -> Place:
     """Say what `source` names, without loading it: lab, folder, name under TROCAR_MODELS, hub id, in this order.
 
-    base: the folder that relative paths start from. Raises DataError for a folder without a checkpoint and for what can be none of the four.
+    base: the folder that relative paths start from. Raises DataError for a folder without a checkpoint, and for what can be none of
+    the four.
     """
     if source.startswith("lab:"):
         return Place("lab", source.removeprefix("lab:"))
@@ -81,9 +85,23 @@ def load_model(model: ModelSource | str, base: Path | None = None) -> PreTrained
     """
     asked = ModelSource(source=model) if isinstance(model, str) else model
     place = find_model(asked.source, base)
-    if place.kind == "lab":
-        return _load_lab(place.where, asked)
-    return _load_pretrained(place, asked)
+    with _quiet_in_files():
+        return _load_lab(place.where, asked) if place.kind == "lab" else _load_pretrained(place, asked)
+
+
+@contextlib.contextmanager
+def _quiet_in_files() -> Iterator[None]:
+    """No progress bars of the libraries where nobody looks (core.progress has the same rule)."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty() or os.environ.get("TROCAR_PROGRESS") == "0":
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_lab(name: str, asked: ModelSource) -> PreTrainedModel:
@@ -141,7 +159,9 @@ def _device(name: str) -> str:
         return accelerator.type if accelerator else "cpu"
     kind = name.partition(":")[0]
     if kind != "cpu" and not (torch.accelerator.is_available() and str(torch.accelerator.current_accelerator().type) == kind):  # type: ignore[union-attr]
-        raise DataError(f"model.device is {name}, which this machine does not have.", "Set it to auto or cpu; `trocar doctor` lists devices.")
+        raise DataError(
+            f"model.device is {name}, which this machine does not have.", "Set it to auto or cpu; `trocar doctor` lists devices."
+        )
     return name
 
 
@@ -160,9 +180,13 @@ def _explained(error: Exception, place: Place, asked: ModelSource) -> Exception:
         why = "the hub is switched off (HF_HUB_OFFLINE) and has left no copy." if offline else f"it could not be had from the hub: {first}"
         return DataError(f"The model {asked.source} is no folder, not under {models_root()}, and {why}", _known_models(asked.source))
     if isinstance(error, OSError) and "safetensors" in str(error):
-        return DataError(f"{asked.source} has no weights in safetensors: {first}", "Convert them; other formats can execute code and are not read.")
+        return DataError(
+            f"{asked.source} has no weights in safetensors: {first}", "Convert them; other formats can execute code and are not read."
+        )
     if "trust_remote_code" in str(error) or "custom code" in str(error):
-        return UnsupportedModelError(f"{asked.source} needs code of its own.", "Set model.trust_remote_code: true if you have read that code.")
+        return UnsupportedModelError(
+            f"{asked.source} needs code of its own.", "Set model.trust_remote_code: true if you have read that code."
+        )
     return UnsupportedModelError(f"{asked.source} cannot be loaded: {first}")
 
 

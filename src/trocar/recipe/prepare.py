@@ -15,8 +15,8 @@ from trocar.recipe.schema import Recipe
 if TYPE_CHECKING:
     from trocar.core.config import Config
     from trocar.evaluate import Check
-    from trocar.recipe.data import RoleSource
     from trocar.method import Method
+    from trocar.recipe.data import RoleSource
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Prepared:
             "version": self.recipe.version,
             "seed": self.recipe.seed,
             "model": model,
-            "data": {role: source.model_dump(mode="json") | {"source": absolute(source.source, base)} for role, source in self.data.items()},
+            "data": {
+                role: source.model_dump(mode="json") | {"source": absolute(source.source, base)} for role, source in self.data.items()
+            },
             "method": {"name": self.method.name, **self.settings.model_dump(mode="json")},
             "checks": [check.model_dump(mode="json") for check in self.checks],
         }
@@ -72,4 +74,7 @@ def check_roles(declared: Mapping[str, str], given: Mapping[str, Any]) -> None:
             raise ConfigError(f"data.{role} is not a role of this method.", nearest(role, plain))
     for stem, role in plain.items():
         if role == stem and stem not in given:
-            raise ConfigError(f"data.{stem} is missing: {declared[role]}", f"Add it under data; `trocar new` shows how. Given: {', '.join(given) or 'nothing'}.")
+            raise ConfigError(
+                f"data.{stem} is missing: {declared[role]}",
+                f"Add it under data; `trocar new` shows how. Given: {', '.join(given) or 'nothing'}.",
+            )

@@ -1,4 +1,4 @@
-"""The closed table of methods. A name in a recipe is looked up here and nowhere else; nothing is imported by a name from a file. Floor 6."""
+"""The closed table of methods. A name in a recipe is looked up here and nowhere else; nothing is imported by a file's word. Floor 6."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ class MethodChoice(Config):
 class Recipe(Config):
     """A whole job: model, data per role, method with its settings, checks, where to write.
 
-    `data` and `checks` are validated by the rooms that read them (`lab` and `evaluate`) before anything is loaded; `checks` left out means the
-    method's own. A key that starts with `x-` at the top is ignored: a place for anchors. `base` is the folder that relative paths of
+    `data` and `checks` are validated by the rooms that read them (`lab` and `evaluate`) before anything is loaded; `checks` left out means
+    the method's own. A key that starts with `x-` at the top is ignored: a place for anchors. `base` is the folder that relative paths of
     models and data start from; it is not a key of the file: a recipe's own folder, else the current one.
     """
 

@@ -18,7 +18,11 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("tag:yaml.org,2002:null", r"(~|null|Null|NULL|)", "~nN\0"),
     ("tag:yaml.org,2002:bool", r"(true|True|TRUE|false|False|FALSE)", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
     ("tag:yaml.org,2002:merge", r"<<", "<"),
 )
 
@@ -39,7 +43,9 @@ class _Dumper(yaml.SafeDumper):
 
 for _tag, _pattern, _first in _RULES:
     for _class in (_Loader, _Dumper):  # add_implicit_resolver copies the inherited table before it writes
-        _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), ["" if character == "\0" else character for character in _first])
+        _class.add_implicit_resolver(
+            _tag, re.compile(rf"^(?:{_pattern})$"), ["" if character == "\0" else character for character in _first]
+        )
 
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # 1.1 reads 010 as 8
@@ -76,7 +82,9 @@ def read_yaml(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.", "Give the path of a recipe in YAML.") from None
+        raise ConfigError(
+            f"{path} cannot be read: {(error.strerror or str(error)).lower()}.", "Give the path of a recipe in YAML."
+        ) from None
     return parse_yaml(text, str(path))
 
 

@@ -43,7 +43,9 @@ def verify(model: torch.nn.Module, patch: Patch, data: Mapping[str, Examples], b
         applied.revert()
     again = fingerprint(model)
     if again != base:
-        raise EditError(f"Reverting the patch gave {again}, but the base is {base}.", "This is a bug in the method's patch; please report it.")
+        raise EditError(
+            f"Reverting the patch gave {again}, but the base is {base}.", "This is a bug in the method's patch; please report it."
+        )
     if effect == 0.0:
         raise EditError(
             f"The patch changes no output on any of the {len(data)} data roles ({', '.join(data)}).",
@@ -57,7 +59,11 @@ def _outputs(model: torch.nn.Module, examples: Examples) -> torch.Tensor:
     rows = examples.take(range(min(ROWS, len(examples))))
     with evaluating(model):
         out = model(**place(rows.inputs, model))
-    value = next(item for item in (out.values() if hasattr(out, "values") else out) if torch.is_tensor(item) and item.is_floating_point() and item.ndim)
+    value = next(
+        item
+        for item in (out.values() if hasattr(out, "values") else out)
+        if torch.is_tensor(item) and item.is_floating_point() and item.ndim
+    )
     return value.detach().cpu()
 
 
