@@ -30,7 +30,11 @@ DEMO = ROOT / "src" / "trocar" / "cli" / "demo.yaml"
 
 def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "trocar", "run", str(recipe), "--output", str(folder)]
-    environment = {**os.environ, "TROCAR_PROGRESS": "0", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "TROCAR_PROGRESS": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
 

@@ -132,8 +132,8 @@ def test_usage_errors_exit_with_2(words: list[str], capsys: pytest.CaptureFixtur
         (["lab", "show", "vit"], "no model 'vit'"),
         (["patch", "show", "nowhere.safetensors"], "cannot be read"),
         (["patch", "apply", "nowhere.safetensors", "lab:vit-cifar-rare", "out"], "cannot be read"),
-        (["patch", "stack", "one.safetensors"], "at least two"),
-        (["patch", "stack", "a", "b", "--on-overlap", "ordre"], "Did you mean 'order'?"),
+        (["patch", "stack", "one.safetensors", "--model", "lab:vit-cifar-rare"], "at least two"),
+        (["patch", "stack", "a", "b", "--model", "lab:vit-cifar-rare", "--on-overlap", "ordre"], "Did you mean 'order'?"),
         (["patch", "export", "a", "lab:vit-cifar-rare", "out", "--to", "pefd"], "Did you mean 'peft'?"),
     ],
 )
@@ -229,9 +229,11 @@ def test_a_dry_run_predicts_and_writes_nothing(tmp_path: Path, capsys: pytest.Ca
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_report_is_made_again_from_the_folder(finished: Path, tmp_path: Path) -> None:
-    assert main(["report", str(finished), "-o", str(tmp_path / "again.html")]) == 0
-    assert (tmp_path / "again.html").read_bytes() == (finished / "report.html").read_bytes()
+def test_report_is_made_again_from_the_folder(finished: Path) -> None:
+    before = (finished / "report.html").read_bytes()
+    (finished / "report.html").unlink()
+    assert main(["report", str(finished)]) == 0
+    assert (finished / "report.html").read_bytes() == before
 
 
 # -- patches -----------------------------------------------------------------------------------------------------------------------
@@ -280,6 +282,8 @@ def test_a_patch_on_a_foreign_model_is_refused(finished: Path, tmp_path: Path, c
 
 
 def test_apply_diff_stack_and_export(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
     from trocar.anatomy import fingerprint
     from trocar.patch import Patch
     from trocar.recipe import load_model
@@ -298,11 +302,19 @@ def test_apply_diff_stack_and_export(finished: Path, tmp_path: Path, capsys: pyt
         assert fingerprint(model) == after
 
     capsys.readouterr()
-    assert main(["patch", "stack", patch, str(tmp_path / "diff.safetensors")]) == 2
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+        model.classifier.weight[0, :3].add_(1)
+    model.save_pretrained(tmp_path / "second")
+    second, both = str(tmp_path / "second.safetensors"), tmp_path / "both.safetensors"
+    assert main(["patch", "diff", base, str(tmp_path / "second"), "-o", second]) == 0
+    capsys.readouterr()
+    assert main(["patch", "stack", patch, second, "-m", base]) == 2
     captured = capsys.readouterr()
     assert "classifier.weight" in captured.out
     assert "PatchOverlapError" in captured.err
-    assert main(["patch", "stack", patch, str(tmp_path / "diff.safetensors"), "--on-overlap", "order"]) == 0
+    assert main(["patch", "stack", patch, second, "-m", base, "--on-overlap", "order", "-o", str(both)]) == 0
+    assert fingerprint(Patch.load(both).apply(load_model(base)).target.model) in capsys.readouterr().out
 
     assert main(["patch", "export", patch, base, str(tmp_path / "exported")]) == 0
     assert fingerprint(load_model(str(tmp_path / "exported"))) == after

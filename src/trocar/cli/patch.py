@@ -54,18 +54,17 @@ def stack(
     patches: Annotated[
         list[Path], typer.Argument(help="Two or more patches of one base, in the order of application.", show_default=False)
     ],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Apply them to this model and measure what each changes.", show_default=False)
-    ] = None,
-    on_overlap: Annotated[str, typer.Option(help="refuse, or order: the later patch wins.")] = "refuse",
+    model: Annotated[str, typer.Option("--model", "-m", help="Their base.", autocompletion=complete.models, show_default=False)],
+    on_overlap: Annotated[str, typer.Option(help="refuse, or order: the later patch acts on what the earlier left.")] = "refuse",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write them as one patch.", show_default=False)] = None,
 ) -> None:
-    """Report where patches of one base write the same place, and whether they can live together. Exit code 2 if they overlap.
+    """Report where patches of one base write the same place, and try them together. Exit code 2 if they overlap and that is refused.
 
-    Example: [bold]trocar patch stack a.safetensors b.safetensors --on-overlap order[/bold]
+    Example: [bold]trocar patch stack a.safetensors b.safetensors --model ./my-model -o both.safetensors[/bold]
     """
     from trocar.cli.patching import stack_patches
 
-    stack_patches(patches, model, on_overlap)
+    stack_patches(patches, model, on_overlap, output)
 
 
 @app.command()

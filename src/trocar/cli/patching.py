@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trocar.cli import show
-from trocar.core.errors import ConfigError, PatchBaseError, PatchOverlapError, nearest
+from trocar.core.errors import ConfigError, PatchBaseError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -54,31 +54,39 @@ def apply_patch(path: Path, model: str, output: Path) -> None:
     show.line(f"checkpoint: {output}")
 
 
-def stack_patches(paths: Sequence[Path], model: str | None, on_overlap: str) -> None:
-    """Say where patches overlap. Raises PatchOverlapError if they do and nobody said which wins."""
+def stack_patches(paths: Sequence[Path], model: str, on_overlap: str, output: Path | None) -> None:
+    """Say where patches overlap, try them together, and write them as one. Raises PatchOverlapError if nobody said which of them wins."""
     if on_overlap not in ("refuse", "order"):
         raise ConfigError(f"--on-overlap {on_overlap} is not known.", nearest(on_overlap, ("refuse", "order")))
     if len(paths) < 2:
         raise ConfigError("A stack needs at least two patches.", "Name them in the order of application.")
+    from trocar.anatomy import fingerprint
     from trocar.patch import Patch, stack
+    from trocar.recipe.models import load_model
 
-    patches = [Patch.load(path) for path in paths]
-    found = stack(patches, on_overlap="order").overlaps()
-    show.table(
-        [
-            {"patch": str(path), "operations": len(patch.ops), "bytes": show.size(patch.nbytes)}
-            for path, patch in zip(paths, patches, strict=True)
-        ]
-    )
+    stacked = stack([Patch.load(path) for path in paths], on_overlap="refuse" if on_overlap == "refuse" else "order")
+    loaded = load_model(model)
+    rows = [
+        {"patch": str(path), "operations": len(one.ops), "bytes": show.size(one.nbytes)}
+        for path, one in zip(paths, stacked.patches, strict=True)
+    ]
+    show.table(rows)
     show.line()
+    found = stacked.overlaps(loaded)
     if found:
-        show.table(found, "Overlaps")
+        rows = [{"first": str(paths[o.first]), "second": str(paths[o.second]), "where": o.where, "entries": o.entries} for o in found]
+        show.table(rows, "Overlaps")
     else:
-        show.line("No overlaps: the patches can be applied in any order and taken back one by one.")
-    if found and on_overlap == "refuse":
-        raise PatchOverlapError(f"The patches write {len(found)} places in common.", "With --on-overlap order the later one wins.")
-    if model is not None:
-        _try_stack(patches, paths, model, on_overlap)
+        show.line("No overlaps: the order does not matter.")
+    base = fingerprint(loaded)
+    with stacked.applied(loaded):
+        state = fingerprint(loaded)
+    if fingerprint(loaded) != base:
+        raise PatchBaseError(f"The stack of {len(paths)} patches does not leave {model} as it was.", "Please report it.")
+    show.pairs({"base": base, "all applied": state, "reverted": "bit for bit"}, f"On {model}")
+    if output is not None:
+        stacked.combined(loaded).save(output)
+        show.line(f"patch: {output} ({show.size(output.stat().st_size)})")
 
 
 def diff_models(base: str, edited: str, output: Path) -> None:
@@ -141,22 +149,6 @@ def checkpoint(model: str) -> Path:
     if place.kind != "folder":
         raise ConfigError(f"{model} is not on this machine as a folder.", "Download or train it first, and give its folder.")
     return Path(place.where)
-
-
-def _try_stack(patches: Sequence[Patch], paths: Sequence[Path], model: str, on_overlap: str) -> None:
-    """Apply the stack, take it back, and say which states it went through."""
-    from trocar.anatomy import fingerprint
-    from trocar.patch import stack
-    from trocar.recipe.models import load_model
-
-    loaded = load_model(model)
-    base = fingerprint(loaded)
-    applied = stack(patches, on_overlap=on_overlap).apply(loaded)
-    state = fingerprint(loaded)
-    applied.revert()
-    if fingerprint(loaded) != base:
-        raise PatchBaseError(f"The stack of {len(paths)} patches does not leave {model} as it was.", "Please report it.")
-    show.pairs({"base": base, "all applied": state, "reverted": "bit for bit"}, f"On {model}")
 
 
 def _measure(patch: Patch, model: torch.nn.Module, recipe: Recipe) -> None:

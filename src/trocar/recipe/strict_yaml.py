@@ -41,6 +41,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+_BREAKS = re.compile("[\x85\u2028\u2029]")  # line breaks to YAML 1.1, so they must be escaped
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if _BREAKS.search(value) else None)
+
+
+_Dumper.add_representer(str, _text)
+
 for _tag, _pattern, _first in _RULES:
     for _class in (_Loader, _Dumper):  # add_implicit_resolver copies the inherited table before it writes
         _class.add_implicit_resolver(
