@@ -63,7 +63,7 @@ def finish(done: RunResult) -> None:
     from trocar.report import terminal_table
 
     show.console().print(terminal_table(result))
-    files = {"report": done.folder / "report.html"} if (done.folder / "report.html").exists() else {}
+    files: dict[str, object] = {"report": done.folder / "report.html"} if (done.folder / "report.html").exists() else {}
     if result.patch:
         files["patch"] = f"{done.folder / result.patch.file} ({show.size(result.patch.bytes)})"
     show.pairs({**files, "run folder": done.folder})

@@ -29,7 +29,7 @@ class ModelSource(Config):
 
     source: str = pydantic.Field(min_length=1)
     dtype: Dtype = "auto"
-    device: str = pydantic.Field("cpu", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$")
+    device: str = pydantic.Field(default="cpu", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$")
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -66,7 +66,7 @@ class Recipe(Config):
     """
 
     version: Literal[1]
-    seed: int = pydantic.Field(0, ge=0, lt=2**63)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
     model: ModelSource
     data: dict[str, dict[str, Any]]
     method: MethodChoice

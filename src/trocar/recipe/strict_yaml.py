@@ -57,7 +57,13 @@ for _tag, _pattern, _first in _RULES:
         )
 
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # 1.1 reads 010 as 8
+
+
+def _whole(loader: yaml.SafeLoader, node: Any) -> int:
+    return int(loader.construct_scalar(node))  # 1.1 reads 010 as 8
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def parse_yaml(text: str, where: str) -> Any:
