@@ -30,10 +30,11 @@ DEMO = ROOT / "src" / "trocar" / "cli" / "demo.yaml"
 
 def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "trocar", "run", str(recipe), "--output", str(folder)]
+    paths = [path for path in (os.environ.get("PYTHONPATH"), str(ROOT / "src")) if path]
     environment = {
         **os.environ,
         "TROCAR_PROGRESS": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(paths),
     }
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
