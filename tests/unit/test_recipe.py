@@ -176,6 +176,13 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str) -> None:
         load_recipe(write(tmp_path, GOOD), [override])
 
 
+def test_an_override_reaches_into_a_short_form(tmp_path: Path) -> None:
+    text = GOOD.replace("{source: lab:vit-cifar-rare, dtype: float32}", "lab:vit-cifar-rare")
+    recipe = load_recipe(write(tmp_path, text), ["model.dtype=float16"])
+    assert (recipe.model.source, recipe.model.dtype) == ("lab:vit-cifar-rare", "float16")
+    assert load_recipe(write(tmp_path, text), ["model=other"]).model.source == "other"
+
+
 def test_an_override_can_add_a_key_that_the_schema_then_judges(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, GOOD), ["output=elsewhere"]).output == "elsewhere"
     with pytest.raises(ConfigError, match="Did you mean 'output'"):

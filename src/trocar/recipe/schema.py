@@ -15,7 +15,7 @@ from trocar.recipe.registry import entry
 from trocar.recipe.strict_yaml import parse_yaml, read_yaml
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-VERSION = 1
+SHORT = {"model": "source", "method": "name"}  # `model: NAME` stands for `model: {source: NAME}`
 
 
 class ModelSource(Config):
@@ -106,6 +106,8 @@ def _override(data: Any, override: str) -> Any:
     value = parse_yaml(text, f"--set {key}") if text else None
     data = copy.deepcopy(data)  # anchors make parts of a recipe one object
     place = data
+    if isinstance(data, dict) and len(steps) > 1 and steps[0] in SHORT and isinstance(data.get(steps[0]), str):
+        data[steps[0]] = {SHORT[steps[0]]: data[steps[0]]}
     depth = 0
     while depth < len(steps):
         step = _longest_key(place, steps[depth:])
