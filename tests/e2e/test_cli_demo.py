@@ -15,7 +15,16 @@ from trocar.cli import main
 from trocar.cli.run import DEMO
 from trocar.result import read_result
 
-SMALL = ["--set", "method.training.pairs=256", "--set", "method.training.epochs=3", "--set", "checks=[]"]
+SMALL = [
+    "--set",
+    "method.training.pairs=128",
+    "--set",
+    "method.training.chunk=32",
+    "--set",
+    "method.training.epochs=2",
+    "--set",
+    "checks=[]",
+]
 
 
 def files(folder: Path) -> dict[str, bytes]:
