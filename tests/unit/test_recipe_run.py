@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -228,6 +228,21 @@ def test_a_patch_is_held_to_its_word() -> None:
         with torch.no_grad():
             model.classifier.weight.add_(1)
         return SimpleNamespace(revert=lambda: None)
+
+    def spoil(model: Any) -> Any:
+        kept = model.classifier.bias.detach().clone()
+        with torch.no_grad():
+            model.classifier.bias.fill_(float("nan"))
+
+        def revert() -> None:
+            with torch.no_grad():
+                model.classifier.bias.copy_(kept)
+
+        return SimpleNamespace(revert=revert)
+
+    with pytest.raises(EditError, match=r"gives NaN on data\.edit"):
+        verify(model, cast(Any, SimpleNamespace(apply=spoil)), data, base)
+    assert fingerprint(model) == base
 
     one_way: Any = SimpleNamespace(apply=break_it)
     with pytest.raises(EditError, match="Reverting the patch gave"):
