@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,11 @@ def trocar(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_help_answers_in_half_a_second_and_needs_no_torch() -> None:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = os.times()
         done = trocar("--help")
-        times.append(time.perf_counter() - start)
+        end = os.times()
+        # processor time: what the answer costs, whoever else is using the machine
+        times.append(end.children_user - start.children_user + end.children_system - start.children_system)
         assert done.returncode == 0
     assert all(command in done.stdout for command in [*COMMANDS, *GROUPS])
     assert min(times) < 0.5

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -108,6 +109,20 @@ def test_a_lost_result_file_is_made_again_from_the_units(whole: Path, monkeypatc
     assert files(whole) == before
 
 
+def test_damaged_files_are_made_again(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "result.json").write_bytes(b"{")
+    (folder / "units" / "step2.safetensors").write_bytes(b"not tensors at all")
+    with pytest.warns(UserWarning, match=r"step2\.safetensors is damaged"):
+        assert not run(recipe(), folder).finished_before
+    assert files(folder) == files(whole)
+    (folder / "result.json").unlink()
+    (folder / "units" / "identity.json").write_bytes(b"{")
+    with pytest.raises(RunError, match=r"identity\.json is damaged"):
+        run(recipe(), folder)
+
+
 class Killed(BaseException):
     """Stands for the signal: nothing may catch it."""
 
@@ -171,6 +186,9 @@ def test_units_of_another_model_are_never_served(tmp_path: Path) -> None:
     assert Workspace(tmp_path, {"model": "b"}).values("unit", {"k": 1}, lambda: "of b") == "of b"
     assert Workspace(tmp_path, {"model": "b"}).room("r").values("unit", {"k": 1}, lambda: 1) == 1
     assert Workspace(tmp_path, {"model": "a"}).room("r").values("unit", {"k": 1}, lambda: 2) == 2
+    (tmp_path / "unit.json").write_text("[")
+    with pytest.warns(UserWarning, match=r"unit\.json is damaged"):
+        assert Workspace(tmp_path, {"model": "b"}).values("unit", {"k": 1}, lambda: "again") == "again"
 
 
 def test_failed_checks_are_a_verdict(tmp_path: Path) -> None:
@@ -210,6 +228,21 @@ def test_a_patch_is_held_to_its_word() -> None:
         with torch.no_grad():
             model.classifier.weight.add_(1)
         return SimpleNamespace(revert=lambda: None)
+
+    def spoil(model: Any) -> Any:
+        kept = model.classifier.bias.detach().clone()
+        with torch.no_grad():
+            model.classifier.bias.fill_(float("nan"))
+
+        def revert() -> None:
+            with torch.no_grad():
+                model.classifier.bias.copy_(kept)
+
+        return SimpleNamespace(revert=revert)
+
+    with pytest.raises(EditError, match=r"gives NaN on data\.edit"):
+        verify(model, cast(Any, SimpleNamespace(apply=spoil)), data, base)
+    assert fingerprint(model) == base
 
     one_way: Any = SimpleNamespace(apply=break_it)
     with pytest.raises(EditError, match="Reverting the patch gave"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,23 +31,28 @@ class Workspace:
         """Return the JSON-able result of the unit, computing and committing it if it is not there."""
         path, digest = self.folder / f"{name}.json", self._digest(key)
         if path.exists():
-            stored = read_json(path)
-            if stored["key"] == digest:
-                return stored["value"]
-        value = json.loads(json.dumps(compute()))
-        write_json(path, {"key": digest, "value": value})
-        return value
+            try:
+                stored = read_json(path)
+                if stored["key"] == digest:
+                    return stored["value"]
+            except (ValueError, KeyError, TypeError):
+                _damaged(path)
+        write_json(path, {"key": digest, "value": compute()})
+        return read_json(path)["value"]  # what a resumed run will read: tuples are lists, NaN is None
 
     def tensors(self, name: str, key: Mapping[str, Any], compute: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return the unit's tensors, computing and committing them (safetensors) if they are not there."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import save_file
 
         path, digest = self.folder / f"{name}.safetensors", self._digest(key)
         if path.exists():
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("key") == digest:
-                    return {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118 - not a dict
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if (file.metadata() or {}).get("key") == digest:
+                        return {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118 - not a dict
+            except SafetensorError:
+                _damaged(path)
         result = {tensor: value.detach().cpu().contiguous() for tensor, value in compute().items()}
         with atomic_path(path) as temporary:
             save_file(result, temporary, metadata={"key": digest})
@@ -59,3 +65,8 @@ class Workspace:
     def _digest(self, key: Mapping[str, Any]) -> str:
         whole = [self.common, key] if self.common else key
         return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _damaged(path: Path) -> None:
+    """A unit is never half-written by us; a disk or a hand did that, and the user should know."""
+    warnings.warn(f"{path} is damaged; this unit is computed again.", stacklevel=3)

@@ -18,7 +18,7 @@ import torch
 
 import trocar
 from trocar.anatomy import Anatomy, fingerprint
-from trocar.core.errors import EditError
+from trocar.core.errors import EditError, RunError
 from trocar.core.seeds import derive
 from trocar.core.workspace import Workspace
 from trocar.evaluate import BaseOutputs, data_digest, run_checks
@@ -117,7 +117,10 @@ def _finished(folder: Path) -> Result | None:
     """The result of a run that ended, if every file that it names is there."""
     if not (folder / RESULT).exists():
         return None
-    result = read_result(folder)
+    try:
+        result = read_result(folder)
+    except RunError:  # damaged: it is made again from the units
+        return None
     files = [figure.csv for figure in result.figures] + [scores.file for scores in result.scores]
     files += [item.picture for gallery in result.galleries for item in gallery.items] + ([result.patch.file] if result.patch else [])
     return result if all((folder / file).is_file() for file in files) else None

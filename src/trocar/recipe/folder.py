@@ -106,7 +106,11 @@ def claim_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
     path = folder / IDENTITY
     if not path.exists():
         write_json(path, inputs)
-    different = first_difference(read_json(path), dict(inputs))
+    try:
+        stored = read_json(path)
+    except ValueError:
+        raise RunError(f"{path} is damaged.", "Nothing says any more what the units were computed for; choose another --output.") from None
+    different = first_difference(stored, dict(inputs))
     if different:
         key, theirs, ours = different
         raise RunError(

@@ -31,14 +31,14 @@ class Verified:
 def verify(model: torch.nn.Module, patch: Patch, data: Mapping[str, Examples], base: str) -> Verified:
     """Apply and revert `patch`. `base`: the model's fingerprint before.
 
-    Raises EditError if the patch has no effect on any example, or if the model is not bit for bit the base again.
+    Raises EditError if the patch has no effect on any example or makes NaN, or if the model is not bit for bit the base again.
     """
     before = {role: _outputs(model, examples) for role, examples in data.items()}
     applied = patch.apply(model)
     try:
         state = fingerprint(model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        effect = max((_distance(before[role], _outputs(model, examples)) for role, examples in data.items()), default=0.0)
+        effects = {role: _distance(before[role], _outputs(model, examples)) for role, examples in data.items()}
     finally:
         applied.revert()
     again = fingerprint(model)
@@ -46,6 +46,10 @@ def verify(model: torch.nn.Module, patch: Patch, data: Mapping[str, Examples], b
         raise EditError(
             f"Reverting the patch gave {again}, but the base is {base}.", "This is a bug in the method's patch; please report it."
         )
+    broken = [role for role, effect in effects.items() if effect != effect]
+    if broken:
+        raise EditError(f"With the patch the model gives NaN on data.{broken[0]}.", "The edit diverged; a smaller step may help.")
+    effect = max(effects.values(), default=0.0)
     if effect == 0.0:
         raise EditError(
             f"The patch changes no output on any of the {len(data)} data roles ({', '.join(data)}).",
