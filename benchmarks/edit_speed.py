@@ -52,7 +52,8 @@ def build(name: str, seed: int) -> tuple[ViTForImageClassification, MaskHypernet
     network = MaskHypernetwork(
         Made(depth=3, heads=default_heads(place.tower.width), report={"better_than_constant": True}, **made_for(place)), seed
     )
-    image = torch.randn(1, 3, model.config.image_size, model.config.image_size)
+    side = int(model.config.image_size)  # type: ignore[arg-type]
+    image = torch.randn(1, 3, side, side)
     with torch.no_grad():
         label = model(image).logits.argsort(1)[:, 0]  # the least likely class, so that no step count ends the edit early
     return model, network.eval(), image, label
