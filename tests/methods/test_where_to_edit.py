@@ -15,7 +15,7 @@ from trocar.core.errors import ComponentError, DataError, InterventionError, Pat
 from trocar.edit.where_to_edit import EditConfig, Place, Rows, edit, edit_many, edit_sequence, gradient_norms, top_k
 from trocar.edit.where_to_edit.baselines import dense_with_penalty, fine_tune, lora
 from trocar.edit.where_to_edit.editing import open_leaves, run_edits
-from trocar.edit.where_to_edit.suffix import guarded
+from trocar.edit.where_to_edit.place import guarded
 from trocar.locate import iou
 from trocar.patch import Patch, stack
 
