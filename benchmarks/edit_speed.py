@@ -109,7 +109,7 @@ def largest_difference(name: str, keep: float, seed: int) -> tuple[float, float]
     published(model, network, image, label, STEPS[name], keep)
     theirs = dict(model.named_parameters())
     assert edits.logs[0]["steps"] == STEPS[name], edits.logs[0]
-    gap = max(float((mine[key] - theirs[key]).abs().max()) for key in mine)
+    gap = max(float((mine[key] - theirs[key].detach()).abs().max()) for key in mine)
     return gap, max(float((mine[key] - start[key]).abs().max()) for key in mine)
 
 

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 
 from trocar.core.errors import DataError, UnsupportedModelError
 from trocar.edit.where_to_edit.leaves import AnyLeaf, Leaf, columns, edited_forward, overridden, product, with_leaves
-from trocar.edit.where_to_edit.place import Place
+from trocar.edit.where_to_edit.place import Place, guarded
 from trocar.trace import capture_prefix
 
 _READS_ONE_TOKEN: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 FIXED_BYTES = 256 << 20
+
+__all__ = ["Fixed", "Rows", "guarded"]  # rows are run inside guarded(model)
 
 
 class Rows:
