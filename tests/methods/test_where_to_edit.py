@@ -15,7 +15,7 @@ from trocar.core.errors import ComponentError, DataError, InterventionError, Pat
 from trocar.edit.where_to_edit import EditConfig, Place, Rows, edit, edit_many, edit_sequence, gradient_norms, top_k
 from trocar.edit.where_to_edit.baselines import dense_with_penalty, fine_tune, lora
 from trocar.edit.where_to_edit.editing import open_leaves, run_edits
-from trocar.edit.where_to_edit.suffix import guarded
+from trocar.edit.where_to_edit.place import guarded
 from trocar.locate import iou
 from trocar.patch import Patch, stack
 
@@ -322,6 +322,47 @@ def test_cached_prefix_equals_the_full_pass_and_is_invalidated(images: torch.Ten
             rows.logits()
 
 
+@pytest.mark.parametrize("name", ["vit", "llama", "phi3", "gpt2", "dinov2"])
+def test_what_the_first_block_does_not_change_is_not_computed_again(name: str) -> None:
+    """With the recorded first block, logits and gradients are those of the plain pass, for all rows and for some in any order."""
+    model = tiny_model(name).double()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in tiny_inputs(model, rows=4).items()}
+    place = Place.of(model, first=0, blocks=2)
+    masks = top_k(torch.rand(4, place.rows, place.entries, generator=torch.Generator().manual_seed(0)), 0.3)
+    with guarded(model):
+        plain, fixed = Rows(place, inputs), Rows(place, inputs)
+        with fixed.recording():
+            fixed.logits()
+        assert fixed.fixed is not None
+        leaves = open_leaves(place, masks)
+        for leaf in leaves:
+            leaf.weight += 0.1 * torch.randn(leaf.weight.shape, generator=torch.Generator().manual_seed(1)).double()  # type: ignore[union-attr]
+        for rows in ([0, 1, 2, 3], [3, 1]):
+            chosen = [leaf.take(torch.tensor(rows)) for leaf in leaves]
+            found = []
+            for source in (plain, fixed):
+                weights = [leaf.weight.requires_grad_() for leaf in chosen]  # type: ignore[union-attr]
+                logits = source.logits(chosen, rows)
+                found.append((logits, torch.autograd.grad(logits.square().sum(), weights)))
+            assert torch.allclose(found[0][0], found[1][0], atol=1e-5 if name in ("llama", "phi3") else 1e-10)  # rotary tables are float32
+            for mine, theirs in zip(found[0][1], found[1][1], strict=True):
+                assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_block_is_shortened_only_where_the_class_token_alone_is_read() -> None:
+    from trocar.edit.where_to_edit import suffix
+
+    for name, alone in (("vit", True), ("dinov2", False), ("siglip", False), ("gpt2", False)):
+        model = tiny_model(name, task="class" if name != "gpt2" else "lm")
+        place = Place.of(model, blocks=2)
+        inputs = tiny_inputs(model, rows=3)
+        with guarded(model), torch.no_grad():
+            rows = Rows(place, inputs)
+            assert suffix._READS_ONE_TOKEN[model] is alone, name
+            logits = model(**inputs).logits
+            assert torch.allclose(rows.logits(), logits[:, -1] if logits.ndim == 3 else logits, atol=1e-5)
+
+
 def test_evaluation_without_patches_equals_patched_models(model: Any, images: torch.Tensor, labels: torch.Tensor) -> None:
     edits = edit_many(model, images, labels, "gradient-norm", SMALL)
     rows = Rows(edits.place, {"pixel_values": images})
@@ -343,7 +384,7 @@ def test_every_family_with_class_or_next_token_logits(name: str) -> None:
     tower = "vision" if set(Anatomy.of(model).towers) >= {"vision"} and prefix in ("CLIP", "Siglip") else None
     config = EditConfig(blocks=2, first_block=1, lr=3e-3, keep=0.2, stop_ce=1.0, tower=tower)
     before = state(model)
-    if name in ("gemma3", "bert"):  # two towers of which one feeds the other; logits for every token: refused with a reason
+    if name == "gemma3":  # two towers of which one feeds the other, and nobody says which to edit: refused with a reason
         with pytest.raises((ComponentError, DataError)):
             edit_many(model, inputs, torch.zeros(2, dtype=torch.int64), "gradient-norm", config)
         assert same_state(before, state(model))

@@ -14,8 +14,9 @@ from trocar.edit.where_to_edit.config import CutMixConfig
 from trocar.edit.where_to_edit.cutmix import cutmix_pairs
 from trocar.edit.where_to_edit.hypernetwork import Made, MaskHypernetwork, made_for
 from trocar.edit.where_to_edit.labels import InnerProblem, check_open_share, kl_to_target, row_norms
+from trocar.edit.where_to_edit.leaves import Leaf
 from trocar.edit.where_to_edit.masks import top_k
-from trocar.edit.where_to_edit.suffix import Leaf, guarded
+from trocar.edit.where_to_edit.place import guarded
 from trocar.edit.where_to_edit.training import fit, loss_of
 
 REFERENCE = LabelConfig(kind="ref", alpha=0.05, sparsity_weight=0.3)

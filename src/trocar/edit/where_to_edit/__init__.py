@@ -6,8 +6,9 @@ from trocar.edit.where_to_edit.edit import edit, edit_many, edit_sequence, predi
 from trocar.edit.where_to_edit.hypernetwork import MaskHypernetwork
 from trocar.edit.where_to_edit.labels import calibrate, centred_log, first_order_labels, mask_labels
 from trocar.edit.where_to_edit.masks import gradient_norms, magnitudes, top_k
+from trocar.edit.where_to_edit.place import Place, guarded
 from trocar.edit.where_to_edit.results import EditResult, Edits
-from trocar.edit.where_to_edit.suffix import Place, Rows
+from trocar.edit.where_to_edit.suffix import Rows
 from trocar.edit.where_to_edit.training import make_labels, train_mask_hypernetwork
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "edit_sequence",
     "first_order_labels",
     "gradient_norms",
+    "guarded",
     "magnitudes",
     "make_labels",
     "mask_labels",

@@ -13,8 +13,10 @@ from trocar.core.errors import ConfigError
 from trocar.edit.where_to_edit.config import EditConfig
 from trocar.edit.where_to_edit.edit import Inputs, check_labels, check_range, describe, edit_many, grouped, prepared
 from trocar.edit.where_to_edit.editing import run_edits
+from trocar.edit.where_to_edit.leaves import AnyLeaf, WholeLeaf, with_leaves
+from trocar.edit.where_to_edit.place import Place, guarded
 from trocar.edit.where_to_edit.results import Edits, changes_of
-from trocar.edit.where_to_edit.suffix import AnyLeaf, Place, Rows, WholeLeaf, guarded, with_leaves
+from trocar.edit.where_to_edit.suffix import Rows
 
 PENALTY_WEIGHTS = (0.0, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1)  # of the published code
 

@@ -13,8 +13,9 @@ from trocar.edit.where_to_edit.config import EditConfig
 from trocar.edit.where_to_edit.editing import Course, edits_at_once, low_rank_leaves, open_leaves, run_edits
 from trocar.edit.where_to_edit.hypernetwork import MaskHypernetwork, predict, report_text
 from trocar.edit.where_to_edit.masks import from_scores, gradient_norms, magnitudes, random_scores, top_k
+from trocar.edit.where_to_edit.place import Place, guarded
 from trocar.edit.where_to_edit.results import LOST, Change, EditResult, Edits, changes_of
-from trocar.edit.where_to_edit.suffix import Place, Rows, guarded
+from trocar.edit.where_to_edit.suffix import Rows
 from trocar.locate import Scores
 
 Inputs = torch.Tensor | Mapping[str, torch.Tensor]
@@ -76,7 +77,8 @@ def edit_many(
     names = [int(group[0]) for group in chosen] if names is None else list(names)
     with guarded(place.model):
         rows = Rows(place, inputs)
-        features, base = rows.features() if _needs_features(mask) else (None, rows.logits().detach())
+        with rows.recording():
+            features, base = rows.features() if _needs_features(mask) else (None, rows.logits().detach())
         check_range(labels, base.shape[1])
         targets = labels[chosen]
         spare = None if ordinary is None else Rows(place, prepared(place, ordinary))

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from trocar.core.seeds import generator
 from trocar.edit.where_to_edit.config import EditConfig
 from trocar.edit.where_to_edit.labels import kl_to_target
-from trocar.edit.where_to_edit.suffix import AnyLeaf, Leaf, LowRankLeaf, Place, Rows, WholeLeaf
+from trocar.edit.where_to_edit.leaves import AnyLeaf, Leaf, LowRankLeaf, WholeLeaf
+from trocar.edit.where_to_edit.place import Place
+from trocar.edit.where_to_edit.suffix import Rows
 
 EPS = 1e-8  # of RMSProp (code)
 WORKING_BYTES = 256 << 20  # leaves, gradients and optimiser state of the edits that run together

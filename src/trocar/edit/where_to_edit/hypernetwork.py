@@ -18,7 +18,7 @@ from trocar.core.config import Config
 from trocar.core.errors import DataError, EditError
 from trocar.core.files import atomic_path
 from trocar.core.seeds import derive
-from trocar.edit.where_to_edit.suffix import Place
+from trocar.edit.where_to_edit.place import Place
 
 FORMAT, VERSION = "trocar-mask-hypernetwork", 1
 CLAMP = 1e-5

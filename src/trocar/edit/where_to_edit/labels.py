@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from trocar.core.errors import EditError
 from trocar.core.seeds import derive
 from trocar.edit.where_to_edit.config import LabelConfig
-from trocar.edit.where_to_edit.suffix import Leaf, Place, Rows, guarded, overridden
+from trocar.edit.where_to_edit.leaves import Leaf, overridden
+from trocar.edit.where_to_edit.place import Place, guarded
+from trocar.edit.where_to_edit.suffix import Rows
 
 COLLAPSED, SATURATED = 0.005, 0.6  # shares of open label entries outside which labels say nothing
 REMEDY = (

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from trocar.core.errors import ConfigError, ScoresError
 from trocar.core.seeds import generator
 from trocar.edit.where_to_edit.labels import row_norms
-from trocar.edit.where_to_edit.suffix import Place, Rows
+from trocar.edit.where_to_edit.place import Place
+from trocar.edit.where_to_edit.suffix import Rows
 from trocar.locate import How, Scores
 
 

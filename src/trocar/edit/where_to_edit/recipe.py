@@ -17,8 +17,10 @@ from trocar.edit.where_to_edit.config import EditConfig, HypernetworkConfig, Mas
 from trocar.edit.where_to_edit.edit import edit_many
 from trocar.edit.where_to_edit.hypernetwork import MaskHypernetwork, report_text
 from trocar.edit.where_to_edit.labels import first_order_labels, kl_to_target
+from trocar.edit.where_to_edit.leaves import Leaf
+from trocar.edit.where_to_edit.place import Place, guarded
 from trocar.edit.where_to_edit.results import Edits
-from trocar.edit.where_to_edit.suffix import Leaf, Place, Rows, guarded
+from trocar.edit.where_to_edit.suffix import Rows
 from trocar.edit.where_to_edit.training import train_mask_hypernetwork
 from trocar.evaluate import Measurement, accuracy, locality, outputs, refuse_overlap, success
 from trocar.method import Estimate, Examples, Figure, Gallery, Job, Method, Outcome

@@ -11,8 +11,10 @@ import torch
 
 from trocar.edit.where_to_edit.config import EditConfig
 from trocar.edit.where_to_edit.hypernetwork import model_fingerprint
+from trocar.edit.where_to_edit.leaves import AnyLeaf, LowRankLeaf, WholeLeaf, swapped
 from trocar.edit.where_to_edit.masks import as_scores
-from trocar.edit.where_to_edit.suffix import AnyLeaf, LowRankLeaf, Matrix, Place, Rows, WholeLeaf, guarded, swapped
+from trocar.edit.where_to_edit.place import Matrix, Place, guarded
+from trocar.edit.where_to_edit.suffix import Rows
 from trocar.locate import Scores
 
 if TYPE_CHECKING:

@@ -1,304 +1,24 @@
-"""The part of a model from the first edited block up, run with per-edit weights in its feed-forward matrices.
-
-One entry of a mask is one vector of length d: row i of fc1 (`up`) or column i of fc2 (`down`) of an edited block, so every matrix is held
-entry-major, (h, d), whatever its storage layout. A gated block's first entry is the pair gate row + up row. Entry (k, i) of the
-(n, h) mask belongs to matrix k in the order up(l0), down(l0), up(l0 + 1), ...
-"""
+"""The part of a model from the first edited block up, run with per-edit weights in its feed-forward matrices."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from trocar.anatomy import Anatomy, Linear, LinearView, Tower
-from trocar.anatomy.linear import base_layer
-from trocar.core.errors import ConfigError, DataError, UnsupportedModelError
+from trocar.core.errors import DataError, UnsupportedModelError
+from trocar.edit.where_to_edit.leaves import AnyLeaf, Leaf, columns, edited_forward, overridden, product, with_leaves
+from trocar.edit.where_to_edit.place import Place, guarded
 from trocar.trace import capture_prefix
-from trocar.trace.calls import override
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """One weight matrix that belongs to mask row `row`; `offset` is where its entries start in a fused module's output."""
-
-    row: int
-    layer: int
-    side: str  # "up" (also the gate) or "down"
-    view: LinearView
-    entries: int  # h
-    width: int  # d
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return self.view.module
-
-    @property
-    def offset(self) -> int:
-        return self.view.rows[0] if self.view.rows is not None else 0
-
-    def start(self) -> torch.Tensor:
-        """The matrix as it stands in the model, entry-major (h, d)."""
-        return self.view.get() if self.side == "up" else self.view.get().T
-
-    @property
-    def dim(self) -> int:
-        """Dimension of the stored parameter along which entries are counted."""
-        return self.view.out_dim if self.side == "up" else 1 - self.view.out_dim
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where an edit may act: `blocks` feed-forward blocks in a row from `first` in one tower."""
-
-    anatomy: Anatomy
-    tower: Tower
-    first: int
-    blocks: int
-    entries: int  # h
-    width: int  # d
-    matrices: tuple[Matrix, ...]
-
-    @property
-    def rows(self) -> int:
-        """n, the number of mask rows: two per block."""
-        return 2 * self.blocks
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self.anatomy.model
-
-    @cached_property
-    def device(self) -> torch.device:
-        return self.matrices[0].view.parameter.device
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, first: int | None = None, blocks: int = 3, tower: str | None = None) -> Place:
-        """Find the edited matrices.
-
-        first: 0-based; None takes round(7/12 L), at most L - blocks (the paper's 7 of 12).
-        Raises ConfigError for blocks the model does not have, UnsupportedModelError for weights that cannot be edited in place.
-        """
-        anatomy = Anatomy.of(model)
-        found = anatomy.tower(tower)
-        last = found.n_layers - blocks
-        if last < 0:
-            raise ConfigError(
-                f"The model has {found.n_layers} blocks, {blocks} were to be edited.", f"Set blocks to 1 to {found.n_layers}."
-            )
-        chosen = min(round(7 / 12 * found.n_layers), last) if first is None else first
-        if not 0 <= chosen <= last:
-            raise ConfigError(f"first_block {chosen} is out of range.", f"With {blocks} blocks edited it must be in 0 to {last}.")
-        matrices = [
-            matrix
-            for offset in range(blocks)
-            for side in ("up", "down")
-            for matrix in _matrices(anatomy, found, chosen + offset, side, 2 * offset + (side == "down"))
-        ]
-        _refuse_shared(anatomy, matrices)
-        shapes = {(matrix.entries, matrix.width) for matrix in matrices}
-        if len(shapes) != 1:
-            raise UnsupportedModelError(f"The edited blocks have feed-forward matrices of different shapes: {sorted(shapes)}.")
-        entries, width = shapes.pop()
-        return cls(anatomy, found, chosen, blocks, entries, width, tuple(matrices))
-
-
-def _matrices(anatomy: Anatomy, tower: Tower, layer: int, side: str, row: int) -> list[Matrix]:
-    roles = ["down"] if side == "down" else [role for role in ("gate", "up") if role in tower.linears(layer)]
-    found = []
-    for role in roles:
-        view = anatomy.linear(Linear(layer, role, tower.name))
-        if view.module is not base_layer(view.module):
-            raise UnsupportedModelError(
-                f"{view.path} is wrapped in {type(view.module).__name__}.", "Merge or unload the adapter (merge_and_unload) before editing."
-            )
-        entries, width = view.out_features, view.in_features
-        if side == "down":
-            entries, width = width, entries
-        found.append(Matrix(row, layer, side, view, entries, width))
-    return found
-
-
-def _refuse_shared(anatomy: Anatomy, matrices: Sequence[Matrix]) -> None:
-    owners: dict[int, set[str]] = {}
-    for name, parameter in anatomy.model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.data_ptr(), set()).add(name)
-    for matrix in matrices:
-        names = owners[matrix.view.parameter.data_ptr()]
-        if len(names) > 1:
-            raise UnsupportedModelError(
-                f"The weight of {matrix.view.path} is shared: {', '.join(sorted(names))}.",
-                "An edit of one would change the other; untie them first.",
-            )
-
-
-# ---------------------------------------------------------------------------------------------- weights of an edit
-
-
-@dataclass(eq=False)
-class Leaf:
-    """Open entries of one matrix for each of E edits: `weight` (E, K, d), `index` (E, K) their places, None if all h are there in order.
-
-    Where edits have different numbers of open entries the rest of K is padded with closed ones; `valid` (E, K) tells them apart.
-    """
-
-    matrix: Matrix
-    weight: torch.Tensor
-    index: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
-
-    def origin(self) -> torch.Tensor:
-        """The unedited values of the same entries, (E, K, d) or broadcastable to it, in the model's dtype."""
-        start = self.matrix.start()
-        return start[None] if self.index is None else start[self.index]
-
-    def take(self, edits: torch.Tensor) -> Leaf:
-        """The same leaf for some of its edits."""
-        pick = [None if part is None else part[edits] for part in (self.index, self.valid)]
-        return Leaf(self.matrix, self.weight.detach()[edits], *pick)
-
-
-@dataclass(eq=False)
-class LowRankLeaf:
-    """A low-rank update of one matrix for each of E edits, entry-major: change = left (E, h, r) @ right (E, r, d)."""
-
-    matrix: Matrix
-    left: torch.Tensor
-    right: torch.Tensor
-
-    def take(self, edits: torch.Tensor) -> LowRankLeaf:
-        return LowRankLeaf(self.matrix, self.left.detach()[edits], self.right.detach()[edits])
-
-
-@dataclass(eq=False)
-class WholeLeaf:
-    """A whole parameter of one edit (E = 1), for fine-tuning without a mask."""
-
-    model: torch.nn.Module
-    name: str
-    weight: torch.Tensor
-
-    def origin(self) -> torch.Tensor:
-        return self.model.get_parameter(self.name).detach()
-
-    def take(self, edits: torch.Tensor) -> WholeLeaf:
-        return WholeLeaf(self.model, self.name, self.weight.detach())
-
-
-AnyLeaf = Leaf | LowRankLeaf | WholeLeaf
-
-
-@contextlib.contextmanager
-def swapped(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let named parameters (in all places, where tied) be other tensors inside; the model's own objects are put back on every exit."""
-    wanted = {id(model.get_parameter(name)): value for name, value in values.items()}
-    kept: list[tuple[torch.nn.Module, str, torch.nn.Parameter | None]] = []
-    try:
-        for module in model.modules():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is not None and id(parameter) in wanted:
-                    kept.append((module, key, parameter))
-                    module._parameters[key] = wanted[id(parameter)]  # type: ignore[assignment]  # a plain tensor, so that gradients reach it
-        yield
-    finally:
-        for module, key, parameter in reversed(kept):
-            module._parameters[key] = parameter
-
-
-@contextlib.contextmanager
-def overridden(forwards: Mapping[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
-    """Give modules another forward for the time of the context; what was on the instances before is put back on every exit."""
-    with contextlib.ExitStack() as stack:
-        for module, forward in forwards.items():
-            stack.callback(override(module, "forward", forward))
-        yield
-
-
-def with_leaves(leaves: Sequence[AnyLeaf]) -> contextlib.AbstractContextManager[None]:
-    """Run the edited modules with the given weights. Rows of the batch belong to edits in order: (E * rows per edit, length, width)."""
-    whole = [leaf for leaf in leaves if isinstance(leaf, WholeLeaf)]
-    if whole:
-        return swapped(whole[0].model, {leaf.name: leaf.weight.to(leaf.origin().dtype) for leaf in whole})
-    grouped: dict[torch.nn.Module, list[Leaf | LowRankLeaf]] = {}
-    for leaf in leaves:
-        assert not isinstance(leaf, WholeLeaf)
-        grouped.setdefault(leaf.matrix.module, []).append(leaf)
-    return overridden({module: _forward(module, group) for module, group in grouped.items()})
-
-
-def _forward(module: torch.nn.Module, leaves: Sequence[Leaf | LowRankLeaf]) -> Callable[[torch.Tensor], torch.Tensor]:
-    plain = module.forward
-    bias = leaves[0].matrix.view.bias
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        edits = (leaves[0].weight if isinstance(leaves[0], Leaf) else leaves[0].left).shape[0]
-        flat = x.reshape(edits, -1, x.shape[-1])
-        parts = []
-        y = None
-        if not _all_open(leaves):
-            y = plain(x).reshape(edits, flat.shape[1], -1)
-        for leaf in leaves:
-            matrix = leaf.matrix
-            if isinstance(leaf, LowRankLeaf):
-                first, second = (leaf.right.mT, leaf.left.mT) if matrix.side == "up" else (leaf.left, leaf.right)
-                change = _product(_product(flat, first.to(x.dtype)), second.to(x.dtype))
-                assert y is not None
-                if change.shape[-1] != y.shape[-1]:  # one of the matrices of a fused module
-                    change = F.pad(change, (matrix.offset, y.shape[-1] - matrix.offset - matrix.entries))
-                y = y + change
-            elif matrix.side == "up":
-                weight = leaf.weight.to(x.dtype)
-                opened = _product(flat, weight.mT)
-                if bias is not None:
-                    here = slice(matrix.offset, matrix.offset + matrix.entries)
-                    opened = opened + (bias[here] if leaf.index is None else bias[here][leaf.index][:, None])
-                if y is None:
-                    parts.append(opened)
-                elif leaf.index is None:
-                    y = torch.cat([y[..., : matrix.offset], opened, y[..., matrix.offset + matrix.entries :]], -1)
-                elif edits == 1:
-                    y = y.index_copy(2, leaf.index[0] + matrix.offset, opened)
-                else:
-                    y = y.scatter(2, (leaf.index + matrix.offset)[:, None].expand(-1, flat.shape[1], -1), opened)
-            elif leaf.index is None:
-                opened = _product(flat, leaf.weight.to(x.dtype))
-                y = opened if bias is None else opened + bias
-            else:  # the change alone passes through the open columns: the closed ones are never touched nor differentiated
-                opened = flat[..., leaf.index[0]] if edits == 1 else flat.gather(2, leaf.index[:, None].expand(-1, flat.shape[1], -1))
-                wide = torch.promote_types(x.dtype, torch.float32)
-                change = leaf.weight.to(x.dtype).to(wide) - leaf.origin().to(wide)
-                assert y is not None
-                y = y + _product(opened.to(wide), change).to(x.dtype)
-        if parts:
-            y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        assert y is not None
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    return forward
-
-
-def _all_open(leaves: Sequence[Leaf | LowRankLeaf]) -> bool:
-    """Whether the leaves cover every output of their module, in order, so that its own weight need not be multiplied at all."""
-    if not all(isinstance(leaf, Leaf) and leaf.index is None for leaf in leaves):
-        return False
-    matrix = leaves[0].matrix
-    outputs = matrix.view.parameter.shape[matrix.view.out_dim]
-    return matrix.side == "down" or sum(leaf.matrix.entries for leaf in leaves) == outputs
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Batched (E, t, a) @ (E, a, b); for one edit the plain product, which keeps the layer's own order of summation."""
-    return F.linear(x, weight[0].mT) if len(weight) == 1 else torch.bmm(x, weight)
-
-
-# ---------------------------------------------------------------------------------------------- running the suffix
 
 _READS_ONE_TOKEN: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
+FIXED_BYTES = 256 << 20
+
+__all__ = ["Fixed", "Rows", "guarded"]  # rows are run inside guarded(model)
 
 
 class Rows:
@@ -314,11 +34,30 @@ class Rows:
             self.prefix = capture_prefix(place.anatomy, moved, place.first if layer is None else layer, tower=place.tower.name)
         if place.model not in _READS_ONE_TOKEN:
             _READS_ONE_TOKEN[place.model] = self._reads_one_token()
+        self.fixed: Fixed | None = None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, one pass over all rows without leaves; afterwards edits compute in the first edited block only what their entries change.
+
+        Does nothing where that would take more than 256 MiB, or where the first edited block is the last one. The model's weights must
+        stay as they are for as long as these rows are used.
+        """
+        hidden, place = self.prefix.hidden, self.place
+        size = hidden.numel() // hidden.shape[2] * (2 * hidden.shape[2] + 3 * place.entries) * hidden.element_size()
+        if size > FIXED_BYTES or self.prefix.layer != place.first or place.first == place.tower.n_layers - 1:
+            yield
+            return
+        fixed = Fixed(place, self.count)
+        with overridden(fixed.recorders()):
+            yield
+        self.fixed = fixed
 
     def logits(self, leaves: Sequence[AnyLeaf] = (), rows: Sequence[int] | torch.Tensor | None = None) -> torch.Tensor:
         """(rows, classes) in at least float32; `leaves` hold one weight per edit, rows are grouped by edit."""
         chosen = None if rows is None else torch.as_tensor(rows, device=self.place.device)
-        with with_leaves(leaves), self.shortened():
+        context = with_leaves(leaves) if self.fixed is None else self.fixed.with_leaves(leaves, chosen)
+        with context, self.shortened():
             output = self.prefix.run(rows=chosen)
         return self.read(output, chosen)
 
@@ -405,20 +144,79 @@ class Rows:
         return (self.at_read_position(states, chosen) if states.ndim == 3 else states), logits
 
 
-@contextlib.contextmanager
-def guarded(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients; flags, modes and random state are put back on every exit."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        try:
-            model.eval()
-            for parameter in flags:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-            for module, mode in modes.items():
-                module.training = mode
+class Fixed:
+    """What the first edited block makes of its fixed input with the model's own weights: attention, fc1 and fc2.
+
+    Its input is the same in every step of an edit, so attention need not run again, fc1 only in its open rows, and fc2 only in the columns
+    that these rows feed and in its own open ones. Exact up to rounding.
+    """
+
+    def __init__(self, place: Place, count: int) -> None:
+        matrices = [matrix for matrix in place.matrices if matrix.layer == place.first]
+        self.count = count
+        self.attention = place.tower.module(place.first, "attn")
+        self.ups = list(dict.fromkeys(matrix.module for matrix in matrices if matrix.side == "up"))
+        self.down = next(matrix for matrix in matrices if matrix.side == "down")
+        self.outputs: dict[torch.nn.Module, Any] = {}
+        self.entered: torch.Tensor | None = None
+
+    def recorders(self) -> dict[torch.nn.Module, Callable[..., Any]]:
+        def recorder(module: torch.nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*words: Any, **named: Any) -> Any:
+                if module is self.down.module:
+                    self.entered = words[0].detach()
+                self.outputs[module] = plain(*words, **named)
+                return self.outputs[module]
+
+            return forward
+
+        return {module: recorder(module, module.forward) for module in (self.attention, *self.ups, self.down.module)}
+
+    def with_leaves(self, leaves: Sequence[AnyLeaf], rows: torch.Tensor | None) -> contextlib.AbstractContextManager[Any]:
+        """As `leaves.with_leaves`, for the given rows."""
+        if not leaves or not all(isinstance(leaf, Leaf) for leaf in leaves):
+            return with_leaves(leaves)
+        every = rows is None or (len(rows) == self.count and bool((rows == torch.arange(self.count, device=rows.device)).all()))
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(pick(part) for part in value)
+            return value if every or not isinstance(value, torch.Tensor) else value.index_select(0, rows)  # type: ignore[arg-type]
+
+        here = [leaf for leaf in leaves if isinstance(leaf, Leaf) and leaf.matrix.layer == self.down.layer]
+        above = [leaf for leaf in leaves if leaf not in here]
+        ups = [leaf for leaf in here if leaf.matrix.side == "up"]
+        downs = [leaf for leaf in here if leaf.matrix.side == "down"]
+        attended = pick(self.outputs[self.attention])
+        forwards: dict[torch.nn.Module, Callable[..., Any]] = {self.attention: lambda *words, **named: attended}
+        for module in self.ups:
+            group, known = [leaf for leaf in ups if leaf.matrix.module is module], pick(self.outputs[module])
+            forwards[module] = edited_forward(module, group, known) if group else lambda x, known=known: known
+        if any(leaf.index is None for leaf in here):
+            forwards |= {self.down.module: edited_forward(self.down.module, downs)} if downs else {}
+        else:
+            forwards[self.down.module] = self._through(ups, downs, pick(self.entered), pick(self.outputs[self.down.module]))
+        stack = contextlib.ExitStack()
+        stack.enter_context(with_leaves(above))
+        stack.enter_context(overridden(forwards))
+        return stack
+
+    def _through(
+        self, ups: Sequence[Leaf], downs: Sequence[Leaf], entered: torch.Tensor, left: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """fc2 for the neurons that open rows of fc1 feed, and for its own open columns; the others pass on what they did before."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            edits = (ups or downs)[0].weight.shape[0] if ups or downs else 1
+            flat = x.reshape(edits, -1, x.shape[-1])
+            y = left.reshape(edits, flat.shape[1], -1)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            if ups and ups[0].index is not None:
+                index = ups[0].index
+                moved = columns(flat, index).to(wide) - columns(entered.reshape(flat.shape), index).to(wide)
+                y = y + product(moved, self.down.start()[index].to(wide)).to(x.dtype)
+            if downs:
+                return edited_forward(self.down.module, downs, y)(x)
+            return y.reshape(left.shape)
+
+        return forward

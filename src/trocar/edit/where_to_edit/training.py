@@ -22,7 +22,8 @@ from trocar.edit.where_to_edit.config import HypernetworkConfig, LabelConfig
 from trocar.edit.where_to_edit.cutmix import cutmix_pairs, patch_size
 from trocar.edit.where_to_edit.hypernetwork import CLAMP, Made, MaskHypernetwork, default_heads, made_for, report_text
 from trocar.edit.where_to_edit.labels import calibrate, centred_log, check_open_share, first_order_labels, mask_labels
-from trocar.edit.where_to_edit.suffix import Place, Rows, guarded
+from trocar.edit.where_to_edit.place import Place, guarded
+from trocar.edit.where_to_edit.suffix import Rows
 
 CALIBRATION_PAIRS = 32
 
