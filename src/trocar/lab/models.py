@@ -42,7 +42,7 @@ def load_model(name: str, seed: int = 0) -> Any:
 
 
 def mask_hypernetwork(name: str) -> Path:
-    """The file of the mask hypernetwork that comes with a shipped model, for Where-to-Edit's `hypernetwork` setting. DataError if none does."""
+    """The file of a shipped model's mask hypernetwork, for Where-to-Edit's setting `hypernetwork`. DataError if none comes with it."""
     path = WEIGHTS / get(name).name / "mask.safetensors"
     if not path.exists():
         raise DataError(f"No mask hypernetwork comes with lab model '{name}'.", "Train one with train_mask_hypernetwork.")
