@@ -7,7 +7,7 @@ step sizes, thresholds and label settings are those written down for models of t
 
 Every stage is a committed unit in the work folder, so that the script can be killed and started again, and several processes may each
 measure some `--bases`; each run writes the result from whatever is there. Needs TROCAR_DATA; bases other than `cifar:0` are trained on
-demand (four to ten minutes each).
+demand (four to twelve minutes each).
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def table(quick: bool) -> list[Row]:
     rows += [Row("dense", lr=1e-4, tau=tau) for tau in (0.3, 0.1, 0.03, 0.9, 0.01)]
     rows += [Row("dense", lr=lr) for lr in (1e-3, 3e-4, 3e-5)]
     rows += [Row("fo", keep) for keep in (0.25, 0.02, 0.1)] + [Row("random", 0.25, seed=seed) for seed in (0, 1)]
+    rows += [Row("dense", lr=1e-4, tau=3.0), *(Row("dense", lr=2e-4, tau=tau) for tau in (0.01, 0.001))]  # both ends of the yardstick
     rows += [Row("fo", 0.05, lr=3e-4, tau=tau) for tau in (0.3, 0.1)]
     rows += [Row("fo", 0.05, images=images) for images in (2, 3)]
     rows += [Row("dense", lr=lr, first=first) for first in (0, 2, 1) for lr in (1e-4, 3e-4, 1e-3)]
@@ -279,7 +280,9 @@ class Base:
         if found["alpha"] == "auto":
             made = self.network("ref").made.report
             found = {"alpha": made["alpha"], "sparsity_weight": made["sparsity_weight"]}
-        return self.work.values("labels", self.key(found=found), lambda: label_facts(self.model, images, found, FIRST, self.seed))
+        return self.work.values(
+            "labels", self.key(found=found, limit="float64"), lambda: label_facts(self.model, images, found, FIRST, self.seed)
+        )
 
 
 def main() -> None:
