@@ -53,7 +53,7 @@ def _as_open(labels: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def _limit(model: torch.nn.Module, where: Place, clean: torch.Tensor, mixed: torch.Tensor, steps: int = 5) -> dict[str, float]:
-    """|dJ/dm + S alpha ||g||^2| relative to S alpha ||g||^2, for falling alpha, with every entry open; in float64, as the change is tiny."""
+    """|dJ/dm + S alpha ||g||^2| relative to S alpha ||g||^2, for falling alpha, with every entry open; in float64: changes are tiny."""
     place = Place.of(copy.deepcopy(model).double(), where.first, where.blocks)
     squares = first_order_labels(place, clean, mixed)
     with guarded(place.model):

@@ -137,7 +137,7 @@ def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, A
                 more |= {f"keep {keep:g}, {SETS[x]}": difference(table, [masked("fo", keep)], rivals, x) for x in SETS}
         add(
             "R5",
-            "learned masks generalise more than random masks of equal size at equal locality, on both locality sets (keep .05, points of GR)",
+            "learned masks generalise more than random masks of equal size at equal locality, on both sets (keep .05, points of GR)",
             gaps | more,
             above(gaps),
             gaps["sensitive"],
