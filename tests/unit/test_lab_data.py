@@ -235,6 +235,17 @@ def test_shipped_weights_on_the_excerpt():
     assert not set(data["sensitive"].ids) & set(data["random"].ids)
 
 
+def test_shipped_mask_hypernetwork_beats_the_constant_mask():
+    from trocar.edit.where_to_edit import MaskHypernetwork, Place
+
+    network = MaskHypernetwork.load(lab.mask_hypernetwork("vit-cifar-rare"))
+    network.fit_to(Place.of(lab.load_model("vit-cifar-rare"), network.made.first_block))
+    assert network.learned
+    assert network.made.report["held_out"] < network.made.report["constant"]
+    with pytest.raises(DataError, match="No mask hypernetwork comes with"):
+        lab.mask_hypernetwork("vit-pacs-rare")
+
+
 def test_excerpt_is_attributed():
     import pyarrow.parquet
 

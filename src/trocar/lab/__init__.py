@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trocar.lab.data import DataConfig, load_examples, load_processor
     from trocar.lab.models import list_models as list
-    from trocar.lab.models import load, load_model, show
+    from trocar.lab.models import load, load_model, mask_hypernetwork, show
     from trocar.lab.training import train
 
-__all__ = ["DataConfig", "list", "load", "load_examples", "load_model", "load_processor", "show", "train"]
+__all__ = ["DataConfig", "list", "load", "load_examples", "load_model", "load_processor", "mask_hypernetwork", "show", "train"]
 
 _WHERE = {
     "DataConfig": ("data", "DataConfig"),
@@ -23,6 +23,7 @@ _WHERE = {
     "list": ("models", "list_models"),
     "load": ("models", "load"),
     "load_model": ("models", "load_model"),
+    "mask_hypernetwork": ("models", "mask_hypernetwork"),
     "show": ("models", "show"),
     "train": ("training", "train"),
 }

@@ -41,6 +41,14 @@ def load_model(name: str, seed: int = 0) -> Any:
     return load(name, seed)[0]
 
 
+def mask_hypernetwork(name: str) -> Path:
+    """The file of a shipped model's mask hypernetwork, for Where-to-Edit's setting `hypernetwork`. DataError if none comes with it."""
+    path = WEIGHTS / get(name).name / "mask.safetensors"
+    if not path.exists():
+        raise DataError(f"No mask hypernetwork comes with lab model '{name}'.", "Train one with train_mask_hypernetwork.")
+    return path
+
+
 def list_models() -> list[dict[str, Any]]:
     """One row per lab model: name, title, trouble, and where its weights are (`package`, `cache` or `not trained`)."""
     return [{"name": row.name, "title": row.title, "trouble": row.trouble, "weights": _whereabouts(row)} for row in MODELS]
