@@ -31,9 +31,8 @@ class Workspace:
             stored = read_json(path)
             if stored["key"] == _digest(key):
                 return stored["value"]
-        value = json.loads(json.dumps(compute()))
-        write_json(path, {"key": _digest(key), "value": value})
-        return value
+        write_json(path, {"key": _digest(key), "value": compute()})
+        return read_json(path)["value"]  # what a resumed run will read: tuples are lists, NaN is None
 
     def tensors(self, name: str, key: Mapping[str, Any], compute: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return the unit's tensors, computing and committing them (safetensors) if they are not there."""
