@@ -1,6 +1,7 @@
 """The documentation is true: its Python blocks run as written, and so do its console blocks that are marked as runnable.
 
-Blocks of one page run in order, in one namespace and one temporary folder. A comment on the line before a block steers it:
+Blocks of one page run in order, in one namespace and one temporary folder; a block with `title="NAME"` is written there first. A comment on
+the line before a block steers it:
 `<!-- run -->` a console block is run (its `$` lines; each must exit with 0), `<!-- run: 1 -->` its last line must exit with 1,
 `<!-- skip: why -->` a Python block is not run.
 """
@@ -19,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # the architecture shows contracts, not code to run
 PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "architecture.md")]
-BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)(?P<options>[^\n]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 STEER = re.compile(r"<!-- *(?P<word>run|skip)(?:: *(?P<rest>[^>]*?))? *-->\s*\Z")
 
 
@@ -32,6 +33,7 @@ class Chunk:
     line: int
     word: str
     rest: str
+    title: str = ""
 
     @property
     def runs(self) -> bool:
@@ -44,7 +46,8 @@ def chunks(text: str) -> list[Chunk]:
         steer = STEER.search(text[: block.start()])
         word, rest = (steer["word"], steer["rest"] or "") if steer else ("", "")
         body = re.sub(rf"^{block['indent']}", "", block["body"], flags=re.MULTILINE)
-        found.append(Chunk(block["language"], body, text.count("\n", 0, block.start()) + 1, word, rest))
+        title = re.search(r'title="([\w.-]+)"', block["options"])
+        found.append(Chunk(block["language"], body, text.count("\n", 0, block.start()) + 1, word, rest, title[1] if title else ""))
     return found
 
 
@@ -90,6 +93,8 @@ def test_blocks_run_as_written(path: Path, tmp_path: Path, environment: dict[str
     monkeypatch.chdir(folder)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for chunk in chunks(path.read_text()):
+        if chunk.title:
+            (folder / chunk.title).write_text(chunk.body)
         if not chunk.runs:
             continue
         if chunk.language == "console":
@@ -124,8 +129,10 @@ def test_the_map_of_the_house_names_files_that_exist() -> None:
 def test_the_reader_of_blocks_works(tmp_path: Path, environment: dict[str, str]) -> None:
     page = "<!-- run: 3 -->\n```console\n$ echo a > made\noutput\n$ exit 3\n```\n\n"
     page += "<!-- skip: slow -->\n```python\n1/0\n```\n```python\nx = 1\n```\n"
-    first, second, third = chunks(page)
-    assert (first.runs, second.runs, third.runs) == (True, False, True)
+    page += '```yaml title="a.yaml"\nb: 1\n```\n'
+    first, second, third, fourth = chunks(page)
+    assert (first.runs, second.runs, third.runs, fourth.runs) == (True, False, True, False)
+    assert (fourth.title, fourth.body) == ("a.yaml", "b: 1\n")
     run_console(first, tmp_path, environment)
     assert (tmp_path / "made").read_text() == "a\n"
     failing = Chunk("console", "$ exit 4\n", 1, "run", "")
