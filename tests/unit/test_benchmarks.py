@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import common
+import render
 
 RELATION = {"id": "R1", "claim": "masks beat random ones", "values": {"ours": np.float32(0.5)}, "interval": (0.1, 0.2), "holds": True}
 TIMING = {"task": "edit", "ours_s": 1.0, "peer": "plain loop", "peer_s": 3.0, "ratio": 3.0}
@@ -79,3 +80,28 @@ def test_mean_interval_is_students_t() -> None:
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
     with pytest.raises(ValueError, match="two values"):
         common.mean_interval([1.0])
+
+
+def test_page_shows_what_held_and_what_did_not(tmp_path: Path) -> None:
+    timing = {**TIMING, "ours_s": 0.0021, "ratio_low": 2.5, "ratio_high": 3.5}
+    failed = {**RELATION, "id": "R2", "claim": "a | b", "holds": False, "interval": None}
+    common.write_result(tmp_path / "m.json", "some method", [0, 1], {"steps": 3}, [RELATION, failed], [timing], [{"model": "x", "n": 4}])
+    assert render.main(["--results", str(tmp_path), "--out", str(tmp_path / "page.md")]) == 0
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    assert "| [some method](#some-method) | 1 of 2 | 3.00x | 2 |" in lines
+    assert "| R1 | masks beat random ones | ours 0.5 | 0.1 to 0.2 | yes |" in lines
+    assert "| R2 | a \\| b | ours 0.5 | - | **no** |" in lines
+    assert "| edit | 2.1 ms | plain loop | 3 s | 3 | 2.5 to 3.5 |" in lines
+    assert "| x | 4 |" in lines
+    assert any(line.startswith("Commit `") for line in lines)
+
+
+def test_page_refuses_a_file_that_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"method": "x"}')
+    with pytest.raises(ValueError, match=r"x\.json is not a benchmark's result: it lacks commit"):
+        render.load(tmp_path)
+
+
+def test_committed_page_is_what_the_committed_results_render_to() -> None:
+    page = (common.ROOT / "docs" / "benchmarks.md").read_text()
+    assert page == render.render(render.load(common.RESULTS)), "docs/benchmarks.md is stale: run python benchmarks/render.py"
