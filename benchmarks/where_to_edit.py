@@ -314,7 +314,8 @@ def main() -> None:
             for base in bases.values():
                 stage(base)
         for base in bases.values():
-            base.labels(), base.overlaps()
+            base.labels()
+            base.overlaps()
         for row in rows:
             for base in bases.values():
                 measured = base.measure(row)

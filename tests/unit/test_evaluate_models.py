@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
-from trocar.anatomy import fingerprint
 
+from trocar.anatomy import fingerprint
 from trocar.core.errors import DataError, MetricError
 from trocar.evaluate import (
     BaseOutputs,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trocar.anatomy import parse
 
+from trocar.anatomy import parse
 from trocar.core.errors import ScoresError
 from trocar.locate import How, Scores, iou, mean
 

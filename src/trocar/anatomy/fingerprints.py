@@ -59,7 +59,7 @@ def tensor_fingerprint(tensor: torch.Tensor) -> str:
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step].cpu()
         try:
-            digest.update(memoryview(part.view(torch.uint8).numpy()))
+            digest.update(memoryview(part.view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
         except (RuntimeError, TypeError) as error:
             raise UnsupportedModelError(
                 f"The bytes of a {type(tensor).__name__} of dtype {tensor.dtype} cannot be read ({error}).", "Convert it to a plain tensor."

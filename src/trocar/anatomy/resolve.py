@@ -124,8 +124,8 @@ class Tower:
 
     def _shape(self, layer: int, role: str) -> tuple[int, int]:
         """(out, in) of a linear module."""
-        shape = tuple(base_layer(self.module(layer, role)).weight.shape)
-        return shape[::-1] if self._transposed[layer, role] else shape  # type: ignore[return-value]
+        rows, columns = base_layer(self.module(layer, role)).get_parameter("weight").shape
+        return (columns, rows) if self._transposed[layer, role] else (rows, columns)
 
     def _fused(self, layer: int, role: str) -> bool:
         fused = _FUSED.get(role, "")
