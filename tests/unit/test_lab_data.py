@@ -71,6 +71,14 @@ def test_folder_parquet_and_jsonl_give_the_same_examples(folder):
     assert np.array_equal(from_folder.pictures[2], np.asarray(picture(2)))  # the view undoes the processor
 
 
+def test_pictures_are_turned_as_the_camera_says(tmp_path):
+    (tmp_path / "cat").mkdir()
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture(0).save(tmp_path / "cat" / "a.png", exif=exif)
+    assert np.array_equal(examples(tmp_path).pictures[0], np.rot90(np.asarray(picture(0)), -1))
+
+
 def test_relative_sources_start_at_base(folder):
     assert len(load_examples("pictures", processor=PROCESSOR, label2id=LABELS, base=folder.parent)) == 3
 
@@ -156,6 +164,7 @@ def test_bad_sources_are_named(folder, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.csv").write_text("a,b")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe{}")
     (tmp_path / "bad.jsonl").write_text('{"image": "a"}\n{"image":')
     monkeypatch.setenv("TROCAR_DATA", str(tmp_path))
     for source, message in {
@@ -163,6 +172,7 @@ def test_bad_sources_are_named(folder, tmp_path, monkeypatch):
         tmp_path / "text.csv": r"unknown ending '\.csv'",
         tmp_path / "bad.parquet": "not a readable parquet",
         tmp_path / "bad.jsonl": "Line 2 .* is not JSON",
+        tmp_path / "bytes.jsonl": "not text in UTF-8",
         tmp_path / "nowhere": "neither a known set nor an existing file",
         "cifar100:test": "cifar100-test.parquet does not exist. Set TROCAR_DATA",
         "cifar100:valid": "no split 'valid'",
@@ -170,6 +180,9 @@ def test_bad_sources_are_named(folder, tmp_path, monkeypatch):
     }.items():
         with pytest.raises(DataError, match=message):
             examples(source)
+    nested = write_jsonl(folder / "nested.jsonl", [{"image": "cat/a.png", "tags": ["x"]}])
+    with pytest.raises(DataError, match="column 'tags' holds lists"):
+        examples(nested, where={"tags": "x"})
     with pytest.raises(DataError, match="no row has label = 'horse'"):
         examples(folder, where={"label": "horse"})
     with pytest.raises(DataError, match=r"no column 'lable'\. Did you mean 'label'"):

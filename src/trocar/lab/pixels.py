@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 
 from trocar.core.errors import DataError
@@ -20,7 +21,7 @@ def decode(table: Table, row: int) -> PIL.Image.Image:
     image = table.images[row]
     try:
         with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
-            return picture.convert("RGB")
+            return PIL.ImageOps.exif_transpose(picture).convert("RGB")  # as a camera means it to be seen
     except FileNotFoundError:
         raise DataError(f"{table.name(row)} does not exist.") from None
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:

@@ -45,7 +45,10 @@ class Table:
         for name, wanted in conditions.items():
             column = self.column(name)
             values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
-            present = set(column)
+            try:
+                present = set(column)
+            except TypeError:
+                raise DataError(f"{self.origin}: column '{name}' holds lists or records, so no value of it can be wanted.") from None
             for value in values:
                 if value not in present:
                     known = {str(item) for item in present}
@@ -148,7 +151,11 @@ def _parquet(path: Path, image: str, allow_outside: bool, origin: str = "") -> T
 
 def _jsonl(path: Path, image: str, allow_outside: bool) -> Table:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"'{path}' is not text in UTF-8.", "JSON lines are UTF-8 text, one object a line.") from None
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
