@@ -2,7 +2,7 @@
 
 python benchmarks/support_table.py [--quick]     (the same work either way; about ten seconds)
 
-Results of each transformers version are kept in benchmarks/support.json, so that the table shows the oldest and the newest one that were run.
+Results of each transformers version are kept in benchmarks/support.json: run it on the oldest and on the newest one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def page(stored: dict[str, dict[str, dict]]) -> str:
         "# Families",
         "",
         "Written by `benchmarks/support_table.py` from the conformance suite (`trocar.anatomy.conformance.check`); do not edit.",
-        "A cell counts the properties that hold for a tiny random model of the family on that version of transformers. The other columns say",
+        "A cell counts the properties that hold for a tiny random model of the family on that transformers version. The other columns say",
         "what the tested model had: grouped queries, fused projections, a gated feed-forward, heads x head size other than the width.",
         "",
         "| family | " + " | ".join(f"transformers {v}" for v in versions) + " | grouped | fused | gated | free head size |",

@@ -9,8 +9,8 @@ from torch import nn
 
 from trocar.anatomy.components import KINDS, LINEARS, Attention, Block, Channel, Component, Head, Linear, Mlp, Neuron, parse
 from trocar.anatomy.families import FAMILIES, Family, TowerRow
-from trocar.anatomy.fingerprints import unwrap_parallel
 from trocar.anatomy.linear import LinearView, Slice, base_layer, check_linear
+from trocar.anatomy.paths import base_parameters, first, get, join, prefixed, refuse_experts, unwrap
 from trocar.core.errors import ComponentError, UnknownFamilyError, UnsupportedModelError, nearest
 
 ADDING = "To add a family, add a row to trocar.anatomy.families (or call register) and run trocar.anatomy.conformance.check."
@@ -22,7 +22,7 @@ class Tower:
 
     def __init__(self, model: nn.Module, row: TowerRow, family: str, root_path: str) -> None:
         self.row, self.name, self.modality = row, row.name, row.modality
-        self.root_path, self.root = root_path, _get(model, root_path)
+        self.root_path, self.root = root_path, get(model, root_path)
         assert self.root is not None
         config = getattr(model, "config", None)
         self.config: Any = getattr(config, row.config, config) if row.config else config
@@ -30,15 +30,15 @@ class Tower:
         chosen.update({field: then for key, value, field, then in row.when if getattr(self.config, key, None) == value})
         self.causal: bool = chosen["causal"]
         self.residual: str = chosen["residual"]
-        blocks_path = _first(self.root, row.blocks) or ""
-        self.blocks: list[nn.Module] = list(_get(self.root, blocks_path))  # type: ignore[arg-type]
-        self.blocks_path = _join(root_path, blocks_path)
-        self.embedding_path = _prefixed(root_path, _first(self.root, row.embedding))
-        self.final_norm_path = _prefixed(root_path, _first(self.root, row.final_norm) if row.final_norm else None)
-        self.pooler_path = _prefixed(root_path, _first(self.root, row.pooler) if row.pooler else None)
-        self.head_path = _first(model, row.head) if row.head else None
-        self.embedding, self.final_norm = _get(model, self.embedding_path), _get(model, self.final_norm_path)
-        self.pooler, self.head = _get(model, self.pooler_path), _get(model, self.head_path)
+        blocks_path = first(self.root, row.blocks) or ""
+        self.blocks: list[nn.Module] = list(get(self.root, blocks_path))  # type: ignore[arg-type]
+        self.blocks_path = join(root_path, blocks_path)
+        self.embedding_path = prefixed(root_path, first(self.root, row.embedding))
+        self.final_norm_path = prefixed(root_path, first(self.root, row.final_norm) if row.final_norm else None)
+        self.pooler_path = prefixed(root_path, first(self.root, row.pooler) if row.pooler else None)
+        self.head_path = first(model, row.head) if row.head else None
+        self.embedding, self.final_norm = get(model, self.embedding_path), get(model, self.final_norm_path)
+        self.pooler, self.head = get(model, self.pooler_path), get(model, self.head_path)
         self._roles: list[dict[str, tuple[str, nn.Module]]] = [self._resolve(layer, family) for layer in range(len(self.blocks))]
         self._transposed = {
             (layer, role): check_linear(module, self.path(layer, role))
@@ -69,7 +69,7 @@ class Tower:
 
     def path(self, layer: int, role: str) -> str:
         """The module's dotted name in the model."""
-        return _join(self.blocks_path, str(layer), self._role(layer, role)[0])
+        return join(self.blocks_path, str(layer), self._role(layer, role)[0])
 
     def roles(self, layer: int) -> tuple[str, ...]:
         return tuple(self._roles[self._layer(layer)])
@@ -101,12 +101,12 @@ class Tower:
     def _resolve(self, layer: int, family: str) -> dict[str, tuple[str, nn.Module]]:
         block, found = self.blocks[layer], {"block": ("", self.blocks[layer])}
         for role, names in {"attn": self.row.attn, "mlp": self.row.mlp, **self.row.roles}.items():
-            if names and (name := _first(block, names)) is not None:
-                found[role] = (name, _get(block, name))  # type: ignore[assignment]
+            if names and (name := first(block, names)) is not None:
+                found[role] = (name, get(block, name))  # type: ignore[assignment]
         for wanted in (("q", "qkv"), ("k", "qkv"), ("v", "qkv"), ("o",), ("down",), ("up", "gate_up")):
             if not any(role in found for role in wanted):
-                here = _join(self.blocks_path, str(layer))
-                _refuse_experts(block, here)
+                here = join(self.blocks_path, str(layer))
+                refuse_experts(block, here)
                 looked = " or ".join(f"{here}.{name}" for role in wanted for name in self.row.roles.get(role, "").split("|") if name)
                 raise UnknownFamilyError(f"The block {here} ({type(block).__name__}) of this {family} model has no {looked}.", ADDING)
         return found
@@ -119,7 +119,7 @@ class Tower:
 
     def _layer(self, layer: int) -> int:
         if not 0 <= layer < len(self.blocks):
-            raise ComponentError(f"{_join(self.name, f'L{layer}')} does not exist.", f"Layers run from 0 to {len(self.blocks) - 1}.")
+            raise ComponentError(f"{join(self.name, f'L{layer}')} does not exist.", f"Layers run from 0 to {len(self.blocks) - 1}.")
         return layer
 
     def _shape(self, layer: int, role: str) -> tuple[int, int]:
@@ -133,7 +133,7 @@ class Tower:
 
     def _find_head_size(self, layer: int) -> int:
         name = self._role(layer, "q" if self.has(layer, "q") else "qkv")[0]
-        owner = _get(self.blocks[layer], name.rpartition(".")[0])  # the module that cuts q into heads knows their size
+        owner = get(self.blocks[layer], name.rpartition(".")[0])  # the module that cuts q into heads knows their size
         for key in ("head_dim", "head_size", "attention_head_size"):
             for holder in (owner, self.config):
                 if isinstance(size := getattr(holder, key, None), int):
@@ -141,7 +141,7 @@ class Tower:
         return self.config.hidden_size // self.config.num_attention_heads
 
     def _check_sizes(self, layer: int) -> None:
-        size, width_in, here = self.head_size(layer), self._shape(layer, "o")[1], _join(self.blocks_path, str(layer))
+        size, width_in, here = self.head_size(layer), self._shape(layer, "o")[1], join(self.blocks_path, str(layer))
         rows = self._shape(layer, "q" if self.has(layer, "q") else "qkv")[0]
         wrong = width_in % size or (self.has(layer, "q") and rows != width_in) or self.kv_heads(layer) < 1
         if wrong or self.heads(layer) % self.kv_heads(layer):
@@ -175,10 +175,10 @@ class Anatomy:
         """
         if isinstance(model, Anatomy):
             return model
-        model = _unwrap(model)
+        model = unwrap(model)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in FAMILIES:
-            _refuse_experts(model, "")
+            refuse_experts(model, "")
             raise UnknownFamilyError(
                 f"{type(model).__name__} has "
                 + (f"model type '{model_type}', which is not in the family table." if model_type else "no config.model_type to look up."),
@@ -188,12 +188,12 @@ class Anatomy:
         towers = []
         for row in family.towers:
             roots = [
-                root for root in row.root.split("|") if (module := _get(model, root)) is not None and _first(module, row.blocks) is not None
+                root for root in row.root.split("|") if (module := get(model, root)) is not None and first(module, row.blocks) is not None
             ]
             if roots:
                 towers.append(Tower(model, row, family.name, roots[0]))
         if not towers:
-            looked = ", ".join(_join(root, name) for row in family.towers for root in row.root.split("|") for name in row.blocks.split("|"))
+            looked = ", ".join(join(root, name) for row in family.towers for root in row.root.split("|") for name in row.blocks.split("|"))
             raise UnknownFamilyError(
                 f"This {type(model).__name__} has none of the block lists of its family {family.name}: {looked}.", ADDING
             )
@@ -322,7 +322,7 @@ class Anatomy:
         else:
             modules, without = [tower.module(layer, role) for role in ("up", "gate", "gate_up", "down") if tower.has(layer, role)], []
         seen = {id(p) for role in without if tower.has(layer, role) for p in tower.module(layer, role).parameters()}
-        for parameter in (p for module in modules for p in _base_parameters(module)):
+        for parameter in (p for module in modules for p in base_parameters(module)):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield self.name_of(parameter), parameter
@@ -336,7 +336,7 @@ class Anatomy:
         for tower in self.towers.values():
             for layer in range(tower.n_layers):
                 for path in dict.fromkeys(tower.path(layer, role) for role in tower.roles(layer) if (layer, role) in tower._transposed):
-                    weight: Any = base_layer(_get(self.model, path)).weight  # type: ignore[arg-type]
+                    weight: Any = base_layer(get(self.model, path)).weight  # type: ignore[arg-type]
                     other = owners.setdefault(id(weight), path)
                     if other != path:
                         raise UnsupportedModelError(
@@ -363,57 +363,3 @@ def _fused_rows(tower: Tower, layer: int, fused: str, role: str) -> range | tupl
         counts = dict.fromkeys(order, total // len(order))
     start = sum(counts[name] for name in order[: order.index(role)])
     return range(start, start + counts[role])
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    while True:
-        if type(model).__name__ == "FullyShardedDataParallel":
-            raise UnsupportedModelError(
-                "This model is wrapped in FSDP, which keeps flattened parameters.", "Use the module before wrapping it."
-            )
-        inner = unwrap_parallel(model)
-        if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()  # type: ignore[operator]
-        if inner is model:
-            return model
-        model = inner
-
-
-def _refuse_experts(module: nn.Module, path: str) -> None:
-    for name, inner in module.named_modules():
-        if name.rpartition(".")[2] == "experts":
-            raise UnsupportedModelError(
-                f"{_join(path, name)} ({type(inner).__name__}) holds experts, which have no single row of neurons.",
-                "Dense models are supported.",
-            )
-
-
-def _base_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters without those of adapters."""
-    inner = base_layer(module)
-    if inner is module:
-        inner = getattr(module, "original_module", module)  # peft's modules_to_save
-    yield from inner.parameters(recurse=False)
-    for child in inner.children():
-        yield from _base_parameters(child)
-
-
-def _get(module: nn.Module, path: str | None) -> nn.Module | None:
-    if path is None:
-        return None
-    found: Any = module
-    for part in path.split(".") if path else ():
-        found = getattr(found, part, None) if not part.isdigit() else found[int(part)]
-    return found if isinstance(found, nn.Module) else None
-
-
-def _first(module: nn.Module, names: str) -> str | None:
-    return next((name for name in names.split("|") if _get(module, name) is not None), None)
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _prefixed(prefix: str, path: str | None) -> str | None:
-    return None if path is None else _join(prefix, path)
