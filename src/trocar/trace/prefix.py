@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.core.errors import ComponentError, DataError, InterventionError
@@ -99,15 +100,42 @@ class Prefix:
         """Keys and values left of `position`. Blocks below `layer` never read theirs, but the first one's length says how much was seen."""
         assert self.captured.keys_values is not None
         cache: Any = DynamicCache()
+        space: dict[Any, torch.Tensor] = {}
         for layer, (keys, values) in enumerate(self.captured.keys_values):
             pair = [part[:, :, : self.position] for part in (keys, values)]
-            cache.update(*(part[:, :, :0] for part in pair), layer)
             if layer < self.layer or self.captured.batch == 1:
                 pair = [part[:1].expand(batch, -1, -1, -1) for part in pair]
             elif index is not None:
                 pair = [part.index_select(0, index.to(part.device)) for part in pair]
-            cache.layers[layer].keys, cache.layers[layer].values = pair
+            cache.layers.append(_Left(pair[0], pair[1], space))
         return cache
+
+
+class _Left(DynamicLayer):
+    """A layer's keys and values left of a position; new ones are joined to them for the one pass that is to come.
+
+    Without gradients all layers join in the same memory (`space`), since each is read before the next one is written: taking fresh memory
+    for every layer costs as much as the copying.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, space: dict[Any, torch.Tensor]) -> None:
+        super().__init__()
+        self.keys, self.values, self.space, self.left = keys, values, space, (keys, values)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._join("keys", self.left[0], key_states), self._join("values", self.left[1], value_states)
+
+    def _join(self, name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return torch.cat([past, new], dim=-2)
+        length, shape = past.shape[2], (*past.shape[:2], past.shape[2] + new.shape[2], past.shape[3])
+        key = (name, shape, new.dtype, new.device)
+        if key not in self.space:
+            self.space[key] = new.new_empty(shape)
+        full = self.space[key]
+        full[:, :, :length], full[:, :, length:] = past, new
+        return full
 
 
 def capture_prefix(model: Any, inputs: Mapping[str, Any], layer: int, tower: str | None = None, position: int = 0) -> Prefix:
