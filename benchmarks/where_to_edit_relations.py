@@ -337,7 +337,7 @@ def _knobs(table: Table, have: Any, above: Any, add: Any) -> None:
 
 
 def summary(table: Table, kind: str) -> list[dict[str, Any]]:
-    """One row per editor: means over bases and groups, standard errors over groups."""
+    """One row per editor: means over bases and groups, standard errors over groups, gain over yardstick 2 with its interval."""
     result = []
     for name, row in table.rows.items():
         line: dict[str, Any] = {
@@ -354,6 +354,9 @@ def summary(table: Table, kind: str) -> list[dict[str, Any]]:
             line[metric] = round(float(np.nanmean(groups)) / scale, 2)
             if metric in ("gr", "lrs", "lrr"):
                 line[f"{metric}_se"] = round(float(np.nanstd(groups, ddof=1) / np.sqrt(np.isfinite(groups).sum())), 2)
+        for x, where in SETS.items() if all(other in table.rows for other in YARD_2) and name not in YARD_2 else ():
+            gained = table.estimate(lambda v, x=x, name=name: gain(v, name, YARD_2, x), f"gain {name} {x}")
+            line |= {f"gain_{where}": gained["mean"], f"gain_{where}_low": gained["low"], f"gain_{where}_high": gained["high"]}
         result.append(line)
     return result
 
@@ -374,7 +377,7 @@ def report(out: Path, bases: Sequence[Any], rows: Sequence[Any], quick: bool, se
     )
     text = io.StringIO()
     if lines:
-        writer = csv.DictWriter(text, list(lines[0]))
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
         writer.writeheader()
         writer.writerows(lines)
         write_text(out.with_name(f"{out.stem}_fronts.csv"), text.getvalue())
