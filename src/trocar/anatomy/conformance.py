@@ -99,10 +99,7 @@ def _calls(anatomy: Anatomy, tower: Tower, layer: int, roles: tuple[str, ...], i
     """Input and output of each linear map's module in one forward pass."""
     seen: dict[str, tuple[Any, Any]] = {}
     views = {view.path: view for view in (anatomy.linear(Linear(layer, role, tower.name)) for role in roles)}
-    hooks = [
-        view.module.register_forward_hook(lambda _m, args, out, path=path: seen.__setitem__(path, (args[0].detach(), out.detach())))
-        for path, view in views.items()
-    ]
+    hooks = [view.module.register_forward_hook(_keeper(seen, path)) for path, view in views.items()]
     try:
         with torch.no_grad():
             anatomy.model(**inputs)
@@ -110,6 +107,13 @@ def _calls(anatomy: Anatomy, tower: Tower, layer: int, roles: tuple[str, ...], i
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _keeper(seen: dict[str, tuple[Any, Any]], path: str) -> Any:
+    def keep(_module: torch.nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        seen[path] = (args[0].detach(), out.detach())
+
+    return keep
 
 
 def _with(view: Any, weight: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
