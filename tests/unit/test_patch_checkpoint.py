@@ -316,7 +316,7 @@ def test_what_cannot_be_compared(saved, tmp_path):
 
 LORA = {
     "plain": {"r": 2, "lora_alpha": 3},
-    "patterns": {"r": 2, "lora_alpha": 3, "rank_pattern": {"down_proj": 4, "mlp.c_proj": 3}, "alpha_pattern": {"q_proj": 7, "c_attn": 5}},
+    "patterns": {"r": 2, "lora_alpha": 3},  # and what is said for single modules, below
     "rank-stabilised": {"r": 4, "lora_alpha": 3, "use_rslora": True, "lora_dropout": 0.1},
 }
 
@@ -327,7 +327,8 @@ def test_adapters_from_and_to_peft(saved, tmp_path, family, setting):
     model, folder = saved(family)
     before, inputs = fingerprint(model), tiny_inputs(model)
     modules = ["q_proj", "down_proj"] if family == "llama" else ["c_attn", "mlp.c_proj"]
-    config = peft.LoraConfig(target_modules=modules, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2", **LORA[setting])
+    single = {"rank_pattern": {modules[1]: 4}, "alpha_pattern": {modules[0]: 7}} if setting == "patterns" else {}
+    config = peft.LoraConfig(target_modules=modules, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2", **LORA[setting], **single)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(wrapped.named_parameters()):

@@ -140,6 +140,18 @@ def test_what_cannot_be_stacked(model, patches):
         stack([patches["a"], patches["steer"]]).apply(model)
 
 
+def test_patches_that_do_nothing_stand_anywhere_any_number_of_times(model, patches):
+    before = fingerprint(model)
+    nothing = Patch.of(model, [])
+    applied = stack([nothing, patches["a"], nothing]).apply(model)
+    applied.revert(0)
+    assert fingerprint(model) != before
+    applied.revert()
+    assert fingerprint(model) == before
+    with nothing.applied(model), nothing.applied(model):
+        assert fingerprint(model) == before
+
+
 def test_a_failing_member_leaves_nothing_behind(model, patches):
     before = fingerprint(model)
     overflow = Patch.of(model, [LowRank(NAME.format(2), 1e19 * torch.ones(1, 32), 1e19 * torch.ones(48, 1))])

@@ -82,7 +82,7 @@ class Patch:
         without allow_nonfinite, a gate that no weights can express, an operation that changes nothing).
         """
         target = Target(Anatomy.of(model), allow_nonfinite)
-        if any(one.patch.digest == self.digest for one in active(target.model)):
+        if self.ops and any(one.patch.digest == self.digest for one in active(target.model)):
             raise PatchStateError("This patch is already applied to the model.", "Revert it first.")
         check_base(self, target, verify)
         steps = [op.plan(target) for op in self.ops]

@@ -54,7 +54,7 @@ class Stack:
         """
         target = Target(Anatomy.of(model), allow_nonfinite)
         for patch in self.patches:
-            if any(one.patch.digest == patch.digest for one in active(target.model)):
+            if patch.ops and any(one.patch.digest == patch.digest for one in active(target.model)):
                 raise PatchStateError("A patch of the stack is already applied to the model.", "Revert it first.")
             check_base(patch, target, verify)
         if self.on_overlap == "refuse" and (overlaps := self.overlaps(target.anatomy)):
@@ -100,7 +100,8 @@ def stack(patches: Sequence[Patch], on_overlap: Literal["refuse", "order"] = "re
         raise PatchOverlapError(f"on_overlap='{on_overlap}' has no meaning.", "Use 'refuse' or 'order'.")
     if len({patch.base.fingerprint for patch in patches}) > 1:
         raise PatchBaseError("The patches belong to different bases.", "Only patches of one base can be stacked; see patch.rebase.")
-    if len({patch.digest for patch in patches}) < len(patches):
+    digests = [patch.digest for patch in patches if patch.ops]  # patches that do nothing may be there any number of times
+    if len(set(digests)) < len(digests):
         raise PatchOverlapError("The same patch is in the stack twice.", "Leave one of them out.")
     if any(op.Record.removes for patch in patches[:-1] for op in patch.ops):
         raise PatchOverlapError("A patch that removes parts must be the last of a stack, and only one can.", "Change the order.")
