@@ -60,26 +60,42 @@ class Table:
             for base in bases
         }
         self.counts = {base.name: len(base.groups) for base in bases}
+        self._index: dict[str, np.ndarray] = {}
+        self._means: dict[tuple[str, str, str], np.ndarray] = {}
 
-    def estimate(self, statistic: Callable[[Values], float], name: str) -> dict[str, Any]:
+    def means(self, base: str, row: str, metric: str) -> np.ndarray:
+        """(1 + resamples,) means over groups: all groups first, then every resample; the same resamples for all rows."""
+        key = (base, row, metric)
+        if key not in self._means:
+            if base not in self._index:
+                n = self.counts[base]
+                drawn = np.random.default_rng(derive(0, "groups", base)).integers(0, n, (RESAMPLES, n))
+                self._index[base] = np.concatenate([np.arange(n)[None], drawn])
+            self._means[key] = np.nanmean(self.data[base][row][metric][self._index[base]], axis=1)
+        return self._means[key]
+
+    def estimate(self, statistic: Callable[[Values], float]) -> dict[str, Any]:
         """Mean over bases of a statistic of group means, with its interval and each base's value; NaN where a curve does not reach."""
 
-        def at(base: str, index: np.ndarray) -> float:
-            return statistic(lambda row, metric: float(np.nanmean(self.data[base][row][metric][index])))
-
-        each = {base: at(base, np.arange(self.counts[base])) for base in self.bases}
-        rng = np.random.default_rng(derive(0, name))
-        draws = np.array([[at(base, rng.integers(0, n, n)) for base, n in self.counts.items()] for _ in range(RESAMPLES)])
+        each = {base: statistic(lambda row, metric, b=base: float(self.means(b, row, metric)[0])) for base in self.bases}
+        draws = np.array(
+            [
+                [statistic(lambda row, metric, b=base, i=i: float(self.means(b, row, metric)[i])) for base in self.bases]
+                for i in range(1, RESAMPLES + 1)
+            ]
+        )
         usable = [base for base in self.bases if np.isfinite(each[base])]
         columns = [self.bases.index(base) for base in usable]
         if not usable:
             return {"mean": None, "low": None, "high": None, "per_base": {b: _short(v) for b, v in each.items()}}
-        reached = draws[np.isfinite(draws[:, columns]).any(axis=1)][:, columns]
-        low, high = np.quantile(np.nanmean(reached, axis=1), (0.025, 0.975))
+        whole = np.isfinite(draws[:, columns]).all(axis=1)  # resamples in which every such curve reached; the others say nothing
+        reached = draws[whole][:, columns]
+        low, high = np.quantile(reached.mean(axis=1), (0.025, 0.975)) if whole.mean() > 0.5 else (float("nan"),) * 2
         return {
             "mean": _short(float(np.mean([each[base] for base in usable]))),
             "low": _short(float(low)),
             "high": _short(float(high)),
+            "reached": _short(float(whole.mean())),
             "per_base": {b: _short(v) for b, v in each.items()},
         }
 
@@ -100,7 +116,7 @@ def difference(table: Table, one: Sequence[str], other: Sequence[str], x: str, y
         sides = [float(np.mean([gain(v, row, yard, x) for row in rows])) for rows in (one, other)]
         return sides[0] - sides[1]
 
-    return table.estimate(statistic, f"{one} {other} {x}")
+    return table.estimate(statistic)
 
 
 def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, Any]]:
@@ -149,17 +165,17 @@ def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, A
                 mean = lambda rows: float(np.mean([gain(v, row, YARD_2, x) for row in rows]))  # noqa: E731
                 return gain(v, fo, YARD_2, x) - mean(seeds) - gain(v, masked("fo", 0.25), YARD_2, x) + mean(wide)
 
-            trend = {SETS[x]: table.estimate(lambda v, x=x: shrinks(v, x), f"gap {x}") for x in SETS}
+            trend = {SETS[x]: table.estimate(lambda v, x=x: shrinks(v, x)) for x in SETS}
             add(
                 "R5b", "the gap between learned and random masks is larger at keep .05 than at .25", trend, above(trend), trend["sensitive"]
             )
     if have(fo, *YARD_2):
-        dense = {f"small steps, {SETS[x]}": table.estimate(lambda v, x=x: gain(v, fo, YARD_2, x), f"dense2 {x}") for x in SETS}
+        dense = {f"small steps, {SETS[x]}": table.estimate(lambda v, x=x: gain(v, fo, YARD_2, x)) for x in SETS}
         if have(*YARD_1):
-            dense |= {f"large steps, {SETS[x]}": table.estimate(lambda v, x=x: gain(v, fo, YARD_1, x), f"dense1 {x}") for x in SETS}
+            dense |= {f"large steps, {SETS[x]}": table.estimate(lambda v, x=x: gain(v, fo, YARD_1, x)) for x in SETS}
         for row in (masked("fo", lr="0.0003"), masked("fo", lr="0.0003", tau=0.1), masked("ref")):
             if have(row):
-                dense |= {f"{row}, {SETS[x]}": table.estimate(lambda v, x=x, row=row: gain(v, row, YARD_2, x), f"{row} {x}") for x in SETS}
+                dense |= {f"{row}, {SETS[x]}": table.estimate(lambda v, x=x, row=row: gain(v, row, YARD_2, x)) for x in SETS}
         strict = {name: dense[name] for name in ("small steps, sensitive", "small steps, random")}
         add(
             "R6",
@@ -186,7 +202,7 @@ def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, A
                 gaps["sensitive"],
             )
     if have(masked("fo", 0.02), masked("fo", 0.25)):
-        falls = {SETS[x]: table.estimate(lambda v, x=x: v(masked("fo", 0.02), x) - v(masked("fo", 0.25), x), f"keep {x}") for x in SETS}
+        falls = {SETS[x]: table.estimate(lambda v, x=x: v(masked("fo", 0.02), x) - v(masked("fo", 0.25), x)) for x in SETS}
         add(
             "R9",
             "locality falls as more entries are opened (agreement at keep .02 minus at .25, points)",
@@ -199,9 +215,9 @@ def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, A
         many = {}
         for count, row in ((2, two), (3, three)):
             if have(row):
-                many[f"{count} images, GR up"] = table.estimate(lambda v, row=row: v(row, "gr") - v(fo, "gr"), row)
-                many[f"{count} images, LRs down"] = table.estimate(lambda v, row=row: v(fo, "lrs") - v(row, "lrs"), row)
-                many[f"{count} images, LRr down"] = table.estimate(lambda v, row=row: v(fo, "lrr") - v(row, "lrr"), row)
+                many[f"{count} images, GR up"] = table.estimate(lambda v, row=row: v(row, "gr") - v(fo, "gr"))
+                many[f"{count} images, LRs down"] = table.estimate(lambda v, row=row: v(fo, "lrs") - v(row, "lrs"))
+                many[f"{count} images, LRr down"] = table.estimate(lambda v, row=row: v(fo, "lrr") - v(row, "lrr"))
         add(
             "R10",
             "two or three edit pictures: generalisation up, locality down (points, against one)",
@@ -301,7 +317,7 @@ def _places(table: Table, have: Any, above: Any, add: Any) -> None:
         rows = [f"dense lr {lr} tau 0.3{name}" for lr in rates]
         if have(*rows):
             label = name.strip() or "blocks 3-5"
-            values |= {f"{label}, {SETS[x]}": table.estimate(lambda v, r=rows, x=x: over_first(v, r, x), f"{label} {x}") for x in SETS}
+            values |= {f"{label}, {SETS[x]}": table.estimate(lambda v, r=rows, x=x: over_first(v, r, x)) for x in SETS}
     late = {name: value for name, value in values.items() if name.startswith("blocks 3-5")}
     add(
         "R11",
@@ -324,9 +340,9 @@ def _knobs(table: Table, have: Any, above: Any, add: Any) -> None:
 
     values = {}
     for metric in ("gr", "lrs", "lrr"):
-        values[metric] = table.estimate(lambda v, m=metric: spans(v, m)[1] - spans(v, m)[0], f"span {metric}")
-        values[metric]["span_of_keep"] = table.estimate(lambda v, m=metric: spans(v, m)[0], f"keep {metric}")["mean"]
-        values[metric]["span_of_step_and_threshold"] = table.estimate(lambda v, m=metric: spans(v, m)[1], f"rule {metric}")["mean"]
+        values[metric] = table.estimate(lambda v, m=metric: spans(v, m)[1] - spans(v, m)[0])
+        values[metric]["span_of_keep"] = table.estimate(lambda v, m=metric: spans(v, m)[0])["mean"]
+        values[metric]["span_of_step_and_threshold"] = table.estimate(lambda v, m=metric: spans(v, m)[1])["mean"]
     add(
         "R12",
         "step size and threshold (lr 3e-4..1e-3, tau .1..3) move the result more than keep (.02 to .25): spans' difference, points",
@@ -355,7 +371,7 @@ def summary(table: Table, kind: str) -> list[dict[str, Any]]:
             if metric in ("gr", "lrs", "lrr"):
                 line[f"{metric}_se"] = round(float(np.nanstd(groups, ddof=1) / np.sqrt(np.isfinite(groups).sum())), 2)
         for x, where in SETS.items() if all(other in table.rows for other in YARD_2) and name not in YARD_2 else ():
-            gained = table.estimate(lambda v, x=x, name=name: gain(v, name, YARD_2, x), f"gain {name} {x}")
+            gained = table.estimate(lambda v, x=x, name=name: gain(v, name, YARD_2, x))
             line |= {f"gain_{where}": gained["mean"], f"gain_{where}_low": gained["low"], f"gain_{where}_high": gained["high"]}
         result.append(line)
     return result
