@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-relations = pytest.importorskip("where_to_edit_relations")
+import where_to_edit_relations as relations
+import where_to_edit_table
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(relations, "RESAMPLES", 40)
+    monkeypatch.setattr(where_to_edit_table, "RESAMPLES", 40)
 
 
 class Base:
