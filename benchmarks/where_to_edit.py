@@ -2,7 +2,7 @@
 
 A base model is a small ViT with one rare part in every class (`trocar lab show vit-cifar-rare`). Its failures on unseen pictures of a rare
 part, grouped by the wrong class they are taken for, are edited from one picture each, always from the clean model. Every row of the table
-is one editor with one setting; editors are compared at equal locality (`where_to_edit_relations.py`). Nothing is tuned on the failures:
+is one editor with one setting; editors are compared at equal locality (`where_to_edit_table.py`). Nothing is tuned on the failures:
 step sizes, thresholds and label settings are those written down for models of this size before these runs.
 
 Every stage is a committed unit in the work folder, so that the script can be killed and started again, and several processes may each

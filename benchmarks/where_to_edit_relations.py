@@ -1,106 +1,24 @@
-"""From the measured rows of `where_to_edit.py` to the relations of its page, each with its interval, held or not.
+"""From the measured rows of `where_to_edit.py` to the relations of its page, held or not, and the result file.
 
-Editors trade generalisation for locality by their step size and stop rule, so they are compared at equal locality: an editor's gain is its
-generalisation rate minus that of the dense fine-tuning curve where that disturbs equally many predictions. Yardstick 2, the curve used
-unless said otherwise, is dense fine-tuning with small steps and the stop threshold as the knob; yardstick 1 has the step size as the knob.
-Intervals are 95 %, from resampling failure groups within each base model; means are over base models.
+A relation's interval is that of the weakest comparison that it needs; every comparison stands in its values.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import write_result
+from where_to_edit_table import RESAMPLES, SETS, YARD_1, YARD_2, Table, Values, difference, gain, masked, weakest
 
 from trocar.core.files import write_text
 from trocar.core.seeds import derive
-from trocar.evaluate.fronts import at_equal
 
-RESAMPLES = 1000
-SETS = {"lrs": "sensitive", "lrr": "random"}
 TITLES = {"cifar": "CIFAR-100", "pacs": "PACS"}
-Values = Callable[[str, str], float]  # (row's name, metric) -> mean over groups
-Yard = Sequence[str]
-
-
-def small_steps(tau: float = 0.3) -> str:
-    return f"dense lr 0.0001 tau {tau:g}"
-
-
-YARD_2 = [*(small_steps(tau) for tau in (3.0, 0.9, 0.3, 0.1, 0.03, 0.01)), "dense lr 0.0002 tau 0.01", "dense lr 0.0002 tau 0.001"]
-YARD_1 = [f"dense lr {lr} tau 0.3" for lr in ("3e-05", "0.0001", "0.0003", "0.001")]
-
-
-def masked(method: str, keep: float = 0.05, lr: str = "0.001", tau: float = 0.3, seed: int = 0) -> str:
-    return f"{method} keep {keep:g} lr {lr} tau {tau:g}" + (f" seed {seed}" if method == "random" else "")
-
-
-def by_group(row: Mapping[str, Any], metric: str, count: int) -> np.ndarray:
-    """(groups,) mean over a group's edits, in percent."""
-    group, values = np.array(row["group"]), np.array([np.nan if v is None else v for v in row[metric]], float)
-    return np.array([100 * np.nanmean(values[group == g]) for g in range(count)])
-
-
-class Table:
-    """All rows of the base models of one data set as (groups,) arrays."""
-
-    def __init__(self, bases: Sequence[Any], rows: Sequence[Any]) -> None:
-        self.bases = [base.name for base in bases]
-        self.rows = {row.name: row for row in rows if all(base.has(row) for base in bases)}
-        self.data = {
-            base.name: {
-                name: {m: by_group(base.measure(row), m, len(base.groups)) for m in ("sr", "gr", "lrs", "lrr", "accuracy", "steps")}
-                for name, row in self.rows.items()
-            }
-            for base in bases
-        }
-        self.counts = {base.name: len(base.groups) for base in bases}
-
-    def estimate(self, statistic: Callable[[Values], float], name: str) -> dict[str, Any]:
-        """Mean over bases of a statistic of group means, with its interval and each base's value; NaN where a curve does not reach."""
-
-        def at(base: str, index: np.ndarray) -> float:
-            return statistic(lambda row, metric: float(np.nanmean(self.data[base][row][metric][index])))
-
-        each = {base: at(base, np.arange(self.counts[base])) for base in self.bases}
-        rng = np.random.default_rng(derive(0, name))
-        draws = np.array([[at(base, rng.integers(0, n, n)) for base, n in self.counts.items()] for _ in range(RESAMPLES)])
-        usable = [base for base in self.bases if np.isfinite(each[base])]
-        columns = [self.bases.index(base) for base in usable]
-        if not usable:
-            return {"mean": None, "low": None, "high": None, "per_base": {b: _short(v) for b, v in each.items()}}
-        reached = draws[np.isfinite(draws[:, columns]).any(axis=1)][:, columns]
-        low, high = np.quantile(np.nanmean(reached, axis=1), (0.025, 0.975))
-        return {
-            "mean": _short(float(np.mean([each[base] for base in usable]))),
-            "low": _short(float(low)),
-            "high": _short(float(high)),
-            "per_base": {b: _short(v) for b, v in each.items()},
-        }
-
-
-def _short(value: float) -> float | None:
-    return round(value, 3) if np.isfinite(value) else None
-
-
-def gain(v: Values, row: str, yard: Yard, x: str) -> float:
-    """Generalisation of `row` minus the yardstick's at the same locality `x`."""
-    return v(row, "gr") - at_equal([v(name, x) for name in yard], [v(name, "gr") for name in yard], v(row, x))
-
-
-def difference(table: Table, one: Sequence[str], other: Sequence[str], x: str, yard: Yard = YARD_2) -> dict[str, Any]:
-    """Gain of `one` minus gain of `other`, each at its own locality (rows of a list are averaged: seeds)."""
-
-    def statistic(v: Values) -> float:
-        sides = [float(np.mean([gain(v, row, yard, x) for row in rows])) for rows in (one, other)]
-        return sides[0] - sides[1]
-
-    return table.estimate(statistic, f"{one} {other} {x}")
 
 
 def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, Any]]:
@@ -140,7 +58,7 @@ def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, A
             "learned masks generalise more than random masks of equal size at equal locality, on both sets (keep .05, points of GR)",
             gaps | more,
             above(gaps),
-            gaps["sensitive"],
+            weakest(gaps),
         )
         wide = [masked("random", 0.25, seed=s) for s in (0, 1) if have(masked("random", 0.25, seed=s))]
         if have(masked("fo", 0.25)) and wide:
@@ -149,24 +67,22 @@ def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, A
                 mean = lambda rows: float(np.mean([gain(v, row, YARD_2, x) for row in rows]))  # noqa: E731
                 return gain(v, fo, YARD_2, x) - mean(seeds) - gain(v, masked("fo", 0.25), YARD_2, x) + mean(wide)
 
-            trend = {SETS[x]: table.estimate(lambda v, x=x: shrinks(v, x), f"gap {x}") for x in SETS}
-            add(
-                "R5b", "the gap between learned and random masks is larger at keep .05 than at .25", trend, above(trend), trend["sensitive"]
-            )
+            trend = {SETS[x]: table.estimate(lambda v, x=x: shrinks(v, x)) for x in SETS}
+            add("R5b", "the gap between learned and random masks is larger at keep .05 than at .25", trend, above(trend), weakest(trend))
     if have(fo, *YARD_2):
-        dense = {f"small steps, {SETS[x]}": table.estimate(lambda v, x=x: gain(v, fo, YARD_2, x), f"dense2 {x}") for x in SETS}
+        dense = {f"small steps, {SETS[x]}": table.estimate(lambda v, x=x: gain(v, fo, YARD_2, x)) for x in SETS}
         if have(*YARD_1):
-            dense |= {f"large steps, {SETS[x]}": table.estimate(lambda v, x=x: gain(v, fo, YARD_1, x), f"dense1 {x}") for x in SETS}
+            dense |= {f"large steps, {SETS[x]}": table.estimate(lambda v, x=x: gain(v, fo, YARD_1, x)) for x in SETS}
         for row in (masked("fo", lr="0.0003"), masked("fo", lr="0.0003", tau=0.1), masked("ref")):
             if have(row):
-                dense |= {f"{row}, {SETS[x]}": table.estimate(lambda v, x=x, row=row: gain(v, row, YARD_2, x), f"{row} {x}") for x in SETS}
+                dense |= {f"{row}, {SETS[x]}": table.estimate(lambda v, x=x, row=row: gain(v, row, YARD_2, x)) for x in SETS}
         strict = {name: dense[name] for name in ("small steps, sensitive", "small steps, random")}
         add(
             "R6",
             "learned masks generalise more than dense fine-tuning with small steps at equal locality, on both locality sets (keep .05)",
             dense,
             above(strict),
-            dense["small steps, sensitive"],
+            weakest(strict),
         )
     for number, method, text in (
         ("R7", "constant", "the constant mask"),
@@ -183,31 +99,31 @@ def relations(table: Table, kind: str, bases: Sequence[Any]) -> list[dict[str, A
                 f"learned masks generalise more than {text} at equal locality, on both locality sets (keep .05)",
                 gaps | more,
                 above(gaps),
-                gaps["sensitive"],
+                weakest(gaps),
             )
     if have(masked("fo", 0.02), masked("fo", 0.25)):
-        falls = {SETS[x]: table.estimate(lambda v, x=x: v(masked("fo", 0.02), x) - v(masked("fo", 0.25), x), f"keep {x}") for x in SETS}
+        falls = {SETS[x]: table.estimate(lambda v, x=x: v(masked("fo", 0.02), x) - v(masked("fo", 0.25), x)) for x in SETS}
         add(
             "R9",
             "locality falls as more entries are opened (agreement at keep .02 minus at .25, points)",
             falls,
             above(falls),
-            falls["sensitive"],
+            weakest(falls),
         )
     two, three = f"{fo} images 2", f"{fo} images 3"
     if have(fo, two):
         many = {}
         for count, row in ((2, two), (3, three)):
             if have(row):
-                many[f"{count} images, GR up"] = table.estimate(lambda v, row=row: v(row, "gr") - v(fo, "gr"), row)
-                many[f"{count} images, LRs down"] = table.estimate(lambda v, row=row: v(fo, "lrs") - v(row, "lrs"), row)
-                many[f"{count} images, LRr down"] = table.estimate(lambda v, row=row: v(fo, "lrr") - v(row, "lrr"), row)
+                many[f"{count} images, GR up"] = table.estimate(lambda v, row=row: v(row, "gr") - v(fo, "gr"))
+                many[f"{count} images, LRs down"] = table.estimate(lambda v, row=row: v(fo, "lrs") - v(row, "lrs"))
+                many[f"{count} images, LRr down"] = table.estimate(lambda v, row=row: v(fo, "lrr") - v(row, "lrr"))
         add(
             "R10",
             "two or three edit pictures: generalisation up, locality down (points, against one)",
             many,
             above(many),
-            many["2 images, GR up"],
+            weakest(many),
         )
     _places(table, have, above, add)
     _knobs(table, have, above, add)
@@ -281,7 +197,7 @@ def _overlaps(bases: Sequence[Any], kind: str, add: Any) -> None:
         "masks (keep .05) of one failure group overlap more than masks of different groups (IoU within minus between)",
         values,
         all(v["low"] > 0 for v in learned.values()),
-        values["fo"],
+        weakest(learned),
     )
 
 
@@ -301,14 +217,14 @@ def _places(table: Table, have: Any, above: Any, add: Any) -> None:
         rows = [f"dense lr {lr} tau 0.3{name}" for lr in rates]
         if have(*rows):
             label = name.strip() or "blocks 3-5"
-            values |= {f"{label}, {SETS[x]}": table.estimate(lambda v, r=rows, x=x: over_first(v, r, x), f"{label} {x}") for x in SETS}
+            values |= {f"{label}, {SETS[x]}": table.estimate(lambda v, r=rows, x=x: over_first(v, r, x)) for x in SETS}
     late = {name: value for name, value in values.items() if name.startswith("blocks 3-5")}
     add(
         "R11",
         "editing the middle or late three blocks generalises more than the first three at equal locality (dense, mean over step sizes)",
         values,
         above(late),
-        late["blocks 3-5, sensitive"],
+        weakest(late),
     )
 
 
@@ -324,15 +240,15 @@ def _knobs(table: Table, have: Any, above: Any, add: Any) -> None:
 
     values = {}
     for metric in ("gr", "lrs", "lrr"):
-        values[metric] = table.estimate(lambda v, m=metric: spans(v, m)[1] - spans(v, m)[0], f"span {metric}")
-        values[metric]["span_of_keep"] = table.estimate(lambda v, m=metric: spans(v, m)[0], f"keep {metric}")["mean"]
-        values[metric]["span_of_step_and_threshold"] = table.estimate(lambda v, m=metric: spans(v, m)[1], f"rule {metric}")["mean"]
+        values[metric] = table.estimate(lambda v, m=metric: spans(v, m)[1] - spans(v, m)[0])
+        values[metric]["span_of_keep"] = table.estimate(lambda v, m=metric: spans(v, m)[0])["mean"]
+        values[metric]["span_of_step_and_threshold"] = table.estimate(lambda v, m=metric: spans(v, m)[1])["mean"]
     add(
         "R12",
         "step size and threshold (lr 3e-4..1e-3, tau .1..3) move the result more than keep (.02 to .25): spans' difference, points",
         values,
         above(values),
-        values["gr"],
+        weakest(values),
     )
 
 
@@ -354,8 +270,10 @@ def summary(table: Table, kind: str) -> list[dict[str, Any]]:
             line[metric] = round(float(np.nanmean(groups)) / scale, 2)
             if metric in ("gr", "lrs", "lrr"):
                 line[f"{metric}_se"] = round(float(np.nanstd(groups, ddof=1) / np.sqrt(np.isfinite(groups).sum())), 2)
-        for x, where in SETS.items() if all(other in table.rows for other in YARD_2) and name not in YARD_2 else ():
-            gained = table.estimate(lambda v, x=x, name=name: gain(v, name, YARD_2, x), f"gain {name} {x}")
+        for x, where in SETS.items():
+            gained: dict[str, Any] = dict.fromkeys(("mean", "low", "high"))
+            if name not in YARD_2 and all(other in table.rows for other in YARD_2):
+                gained = table.estimate(lambda v, x=x, name=name: gain(v, name, YARD_2, x))
             line |= {f"gain_{where}": gained["mean"], f"gain_{where}_low": gained["low"], f"gain_{where}_high": gained["high"]}
         result.append(line)
     return result
