@@ -82,6 +82,16 @@ def test_a_row_that_lies_is_found_out(lie, monkeypatch):
     assert question in failures(check(tiny_model(name, task), thorough=False))
 
 
+def test_a_map_that_computes_more_than_its_weights_say_is_found_out():
+    model = tiny_model("llama")
+    module = Anatomy.of(model).tower().module(0, "up")
+    forward = module.forward
+    module.forward = lambda x: forward(x) + 1
+    results = check(model, thorough=False)
+    assert "L0 up" in failures(results)["linear maps"]
+    assert not all(result.ok for result in results)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
     results = check(tiny_model("gpt2").to(dtype), thorough=False)

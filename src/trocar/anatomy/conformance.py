@@ -48,6 +48,10 @@ class Result:
     state: str
     detail: str = ""
 
+    @property
+    def ok(self) -> bool:
+        return self.state != "fails"
+
 
 class _Absent(Exception):
     """The question does not apply to this model."""
