@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, arguments, command, commit, write_result
+from common import ROOT, arguments, commit, write_result
 
 from trocar.core.files import read_json, write_json, write_text
 from trocar.core.progress import track
@@ -55,7 +54,7 @@ def _row(name: str, weights: str, model: Any, thorough: bool) -> dict[str, Any]:
     from trocar.anatomy import Anatomy
     from trocar.anatomy.conformance import check
 
-    start, anatomy = time.perf_counter(), Anatomy.of(model)
+    anatomy = Anatomy.of(model)
     states: dict[str, str] = {}
     details: dict[str, str] = {}
     for result in check(model, thorough=thorough):
@@ -76,7 +75,6 @@ def _row(name: str, weights: str, model: Any, thorough: bool) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "states": states,
         "details": details,
-        "seconds": round(time.perf_counter() - start, 1),
     }
 
 
@@ -109,7 +107,7 @@ def render(rows: list[Mapping[str, Any]]) -> str:
         if not models:
             continue
         shown = [name for name in names if any(name in row["states"] for row in rows if row["weights"] == weights)]
-        parts += [title, "", "| " + " | ".join(["model", "model type", "sizes", *shown]) + " |", "|" + " --- |" * (len(shown) + 3)]
+        parts += [title, "", "| " + " | ".join(["model", "model type", "what it is", *shown]) + " |", "|" + " --- |" * (len(shown) + 3)]
         for model in models:
             same = [row for row in rows if row["model"] == model]
             sizes = "; ".join(same[0]["towers"])
@@ -150,9 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     kept = [row for row in (read_json(path)["support"] if path.exists() else []) if (row["model"], row["transformers"]) not in fresh]
     order = {row["model"]: place for place, row in enumerate(measured)}
     rows = sorted(kept + measured, key=lambda row: (order.get(row["model"], len(order)), row["transformers"]))
-    # the page is rendered from a file that any version may have written last: what was run is stored with each row
     for row in measured:
-        row |= {"commit": commit(), "command": command()}
+        row["commit"] = commit()  # rows of other versions may be older
     versions = sorted({row["transformers"] for row in rows})
     real = [
         {"model": row["model"], "transformers": row["transformers"], "class": row["class"], "sizes": "; ".join(row["towers"]),

@@ -287,7 +287,7 @@ def names(anatomy: Anatomy) -> None:
 
 
 def fingerprints(anatomy: Anatomy) -> None:
-    """The fingerprint stays the same when nothing changes, and changes with a single bit of any parameter or buffer."""
+    """The fingerprint stays the same when nothing changes, and changes with one entry of any parameter."""
     model = anatomy.model
     before, structure = fingerprint(model), structure_fingerprint(model)
     tensors = list(dict(model.named_parameters()).items())
@@ -326,7 +326,7 @@ def files(anatomy: Anatomy) -> None:
 
 
 def wrappers(anatomy: Anatomy) -> None:
-    """DataParallel-like wrappers and torch.compile are seen through; a PEFT model's linear maps are those of the base."""
+    """DataParallel and torch.compile are seen through; a PEFT model's linear maps are those of the base."""
     from peft import LoraConfig, get_peft_model
 
     model = anatomy.model
