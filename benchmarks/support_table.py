@@ -1,76 +1,168 @@
-"""Run the conformance suite for every family on the installed transformers and write docs/families.md.
+"""Which families work, measured: all conformance questions on a tiny random model of every family, and on real models if present.
 
-python benchmarks/support_table.py [--quick]     (the same work either way; about ten seconds)
+python benchmarks/support_table.py [--quick] [--out FILE] [--page FILE]
 
-Results of each transformers version are kept in benchmarks/support.json: run it on the oldest and on the newest one.
+Run it once with each version of transformers: rows of other versions are kept. Writes benchmarks/results/support.json and, from it alone,
+docs/families.md. --quick leaves the real models out (and keeps what was measured on them before).
 """
 
 from __future__ import annotations
 
-import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-import transformers
-from common import ROOT
+from common import ROOT, arguments, commit, write_result
 
-from trocar.anatomy import TINY, Anatomy, tiny_model
-from trocar.anatomy.conformance import check
 from trocar.core.files import read_json, write_json, write_text
+from trocar.core.progress import track
 
-STORE, PAGE = ROOT / "benchmarks" / "support.json", ROOT / "docs" / "families.md"
+REAL = {"smollm2-135m-instruct": "AutoModelForCausalLM", "gemma3-270m": "AutoModelForCausalLM", "minilm-l6": "AutoModel"}
+WORDS = {"holds": "yes", "absent": "-", "fails": "**no**"}
+PAGE = """# Families
+
+Written by `benchmarks/support_table.py` from `benchmarks/results/support.json`; do not edit. Each cell is the answer to a question that was
+asked by running the model, on transformers {versions}: *yes* means that it held on all of them, *-* that the model has no such thing.
+A model whose type is not in the table is refused with [UnknownFamilyError](errors/unknown-family.md); quantised weights, experts, and
+attention or MLP weights shared between blocks are refused with [UnsupportedModelError](errors/unsupported-model.md).
+"""
 
 
-def measure() -> dict[str, dict[str, object]]:
-    """Family -> what the suite said of its tiny random model."""
-    found = {}
-    for name in TINY:
-        model = tiny_model(name)
-        results = check(model)
-        towers = Anatomy.of(model).towers.values()
-        found[name] = {
-            "checks": len(results),
-            "failed": [result.name for result in results if not result.ok],
-            "grouped": any(t.kv_heads(0) < t.heads(0) for t in towers),
-            "fused": any(t.has(0, role) for t in towers for role in ("qkv", "gate_up")),
-            "gated": any(t.has(0, role) for t in towers for role in ("gate", "gate_up")),
-            "free": any(t.heads(0) * t.head_size(0) != t.width for t in towers),
-        }
+def measure(real: bool) -> list[dict[str, Any]]:
+    """One row per model, this version of transformers: its sizes, and the state of every question."""
+    import torch
+    import transformers
+
+    from trocar.anatomy import TINY, tiny_model
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    rows = [_row(name, "random", tiny_model(name), thorough=True) for name in track(list(TINY), "families")]
+    root = Path(os.environ.get("TROCAR_MODELS", "~/.cache/trocar/models")).expanduser()
+    for name, kind in track([(n, k) for n, k in REAL.items() if real and (root / n).is_dir()], "real models"):
+        model = getattr(transformers, kind).from_pretrained(root / name, dtype=torch.float32).eval()
+        rows.append(_row(name, "pretrained", model, thorough=False))
+    return rows
+
+
+def _row(name: str, weights: str, model: Any, thorough: bool) -> dict[str, Any]:
+    import transformers
+
+    from trocar.anatomy import Anatomy
+    from trocar.anatomy.conformance import check
+
+    anatomy = Anatomy.of(model)
+    states: dict[str, str] = {}
+    details: dict[str, str] = {}
+    for result in check(model, thorough=thorough):
+        states[result.name] = max(states.get(result.name, "absent"), result.state, key=["absent", "holds", "fails"].index)
+        if result.detail and result.state == states[result.name]:
+            details[result.name] = f"{result.tower}: {result.detail}" if result.tower else result.detail
+    return {
+        "model": name,
+        "weights": weights,
+        "family": anatomy.family.name,
+        "model_type": model.config.model_type,
+        "class": type(model).__name__,
+        "towers": [
+            f"{tower.n_layers} blocks, width {tower.width}, {tower.heads(0)} heads of {tower.head_size(0)} on {tower.kv_heads(0)}, "
+            f"{tower.neurons(0)} {'gated ' if 'gate' in tower.linears(0) else ''}neurons"
+            for tower in anatomy.towers.values()
+        ],
+        "transformers": transformers.__version__,
+        "states": states,
+        "details": details,
+    }
+
+
+def relations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One relation per question: it held on every model that has such a thing."""
+    found = []
+    for name, claim in questions().items():
+        asked = [row for row in rows if row["states"].get(name, "absent") != "absent"]
+        failed = [f"{row['model']} ({row['transformers']})" for row in asked if row["states"][name] == "fails"]
+        values = {"models": len(asked), "failed": failed} if failed else {"models": len(asked), "failed": 0}
+        found.append({"id": f"anatomy: {name}", "claim": claim, "values": values, "interval": None, "holds": bool(asked) and not failed})
     return found
 
 
-def page(stored: dict[str, dict[str, dict]]) -> str:
-    versions = sorted(stored, key=lambda version: [int(part) for part in version.split(".")[:3]])
-    lines = [
-        "# Families",
-        "",
-        "Written by `benchmarks/support_table.py` from the conformance suite (`trocar.anatomy.conformance.check`); do not edit.",
-        "A cell counts the properties that hold for a tiny random model of the family on that transformers version. The other columns say",
-        "what the tested model had: grouped queries, fused projections, a gated feed-forward, heads x head size other than the width.",
-        "",
-        "| family | " + " | ".join(f"transformers {v}" for v in versions) + " | grouped | fused | gated | free head size |",
-        "|---" * (len(versions) + 5) + "|",
+def questions() -> dict[str, str]:
+    """Every question and what a yes means: the first sentence of the function that asks it."""
+    from trocar.anatomy.conformance import MODEL_QUESTIONS, TOWER_QUESTIONS
+
+    texts = {name: " ".join((question.__doc__ or "").split()) for name, question in {**TOWER_QUESTIONS, **MODEL_QUESTIONS}.items()}
+    return {**texts, "restored": "After all questions the model is bit for bit what it was before."}
+
+
+def render(rows: list[Mapping[str, Any]]) -> str:
+    """The page. Cells join all versions; a version that differs is named."""
+    versions = sorted({row["transformers"] for row in rows}, key=lambda text: [int(part) for part in text.split(".") if part.isdigit()])
+    names = list(questions())
+    parts = [PAGE.format(versions=" and ".join(versions))]
+    for weights, title in (("random", "## Tiny random models of every family"), ("pretrained", "## Pretrained models")):
+        models = list(dict.fromkeys(row["model"] for row in rows if row["weights"] == weights))
+        if not models:
+            continue
+        shown = [name for name in names if any(name in row["states"] for row in rows if row["weights"] == weights)]
+        parts += [title, "", "| " + " | ".join(["model", "model type", "what it is", *shown]) + " |", "|" + " --- |" * (len(shown) + 3)]
+        for model in models:
+            same = [row for row in rows if row["model"] == model]
+            sizes = "; ".join(same[0]["towers"])
+            cells = [_cell([(row["transformers"], row["states"].get(name, "absent")) for row in same]) for name in shown]
+            parts.append("| " + " | ".join([f"`{model}`", f"`{same[0]['model_type']}`", sizes, *cells]) + " |")
+        parts.append("")
+    remarks = [
+        f"- `{row['model']}`, transformers {row['transformers']}, {name}: {text}"
+        for row in rows
+        for name, text in row["details"].items()
+        if row["states"][name] == "fails" or name == "files"
     ]
-    newest = stored[versions[-1]]
-    for name, row in newest.items():
-        cells = []
-        for version in versions:
-            cell = stored[version].get(name)
-            cells.append("not run" if cell is None else f"{cell['checks'] - len(cell['failed'])} of {cell['checks']}")
-        marks = ["yes" if row[key] else "" for key in ("grouped", "fused", "gated", "free")]
-        lines.append("| " + " | ".join([f"`{name}`", *cells, *marks]) + " |")
-    lines += ["", "A new family is a row of `src/trocar/anatomy/families.py` and a tiny model in `src/trocar/anatomy/tiny.py`.", ""]
-    return "\n".join(lines)
+    parts += ["## Remarks", "", *remarks, ""] if remarks else []
+    parts += ["## The questions", "", *[f"- **{name}**: {text}" for name, text in questions().items()], ""]
+    parts += [
+        "To support another family, add a row to `src/trocar/anatomy/families.py` (or call `trocar.anatomy.register`) and ask the same"
+    ]
+    parts += ["questions: `trocar.anatomy.conformance.check(model)`.", ""]
+    return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="accepted for uniformity; the work is short anyway")
-    parser.parse_args()
-    stored = read_json(STORE) if STORE.exists() else {}
-    stored[transformers.__version__] = measure()
-    write_json(STORE, stored)
-    write_text(PAGE, page(read_json(STORE)))
-    print(f"{PAGE.relative_to(ROOT)}: {len(stored[transformers.__version__])} families on transformers {transformers.__version__}")
+def _cell(states: list[tuple[str, str]]) -> str:
+    if len({state for _, state in states}) == 1:
+        return WORDS[states[0][1]]
+    return ", ".join(f"{version}: {WORDS[state]}" for version, state in states)
+
+
+def main(argv: list[str] | None = None) -> int:
+    asked = arguments(
+        "support_table",
+        __doc__ or "",
+        argv,
+        lambda parser: parser.add_argument("--page", type=Path, default=ROOT / "docs" / "families.md"),
+    )
+    path = asked.out if asked.out.name != "support_table.json" else asked.out.with_name("support.json")
+    measured = measure(real=not asked.quick)
+    fresh = {(row["model"], row["transformers"]) for row in measured}
+    kept = [row for row in (read_json(path)["support"] if path.exists() else []) if (row["model"], row["transformers"]) not in fresh]
+    order = {row["model"]: place for place, row in enumerate(measured)}
+    rows = sorted(kept + measured, key=lambda row: (order.get(row["model"], len(order)), row["transformers"]))
+    for row in measured:
+        row["commit"] = commit()  # rows of other versions may be older
+    versions = sorted({row["transformers"] for row in rows})
+    real = [
+        {"model": row["model"], "transformers": row["transformers"], "class": row["class"], "sizes": "; ".join(row["towers"]),
+         "holds": sum(state == "holds" for state in row["states"].values()), "fails": sum(s == "fails" for s in row["states"].values())}
+        for row in rows if row["weights"] == "pretrained"
+    ]  # fmt: skip
+    result = write_result(path, "support", [0], {"transformers": versions}, relations(rows), real=real)
+    write_json(path, {**result, "support": rows})
+    write_text(asked.page, render(rows))
+    failed = [f"{row['model']}: {name}" for row in measured for name, state in row["states"].items() if state == "fails"]
+    print(f"{len(measured)} models, {sum(len(row['states']) for row in measured)} questions, {len(failed)} failed", *failed, sep="\n  ")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

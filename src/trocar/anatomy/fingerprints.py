@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ _SAFETENSORS_NAMES = {
     "float8_e8m0fnu": "F8_E8M0", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32",
     "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
 }  # fmt: skip
+_SIZES = {name: 1 if name == "BOOL" else int(name.partition("_")[0].lstrip("BFICU")) // 8 for name in _SAFETENSORS_NAMES.values()}  # bytes
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -122,18 +124,28 @@ def checkpoint_fingerprints(folder: str | Path) -> Iterator[FileTensor]:
             raise DataError(f"{file} is not a safetensors file.", "Fetch it again.")
         with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
             start = 8 + int.from_bytes(view[:8], "little")
-            try:
-                header = json.loads(bytes(view[8:start])) if start <= len(view) else None
-                entries = [(name, entry, *entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"]  # type: ignore[union-attr]
-                bad = [name for name, _, low, high in entries if not 0 <= low <= high <= len(view) - start]
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise DataError(f"{file} is not a safetensors file.", "Fetch it again.") from None
-            if bad:
-                raise DataError(f"{file} ends before its tensor {bad[0]}.", "Fetch it again.")
-            for name, entry, low, high in sorted(entries, key=lambda item: item[2]):
+            for name, dtype, shape, low, high in _entries(file, bytes(view[8:start]) if start <= len(view) else b"", len(view) - start):
                 with view[start + low : start + high] as part:
-                    digest = tensor_fingerprint_bytes(entry["dtype"], entry["shape"], part)
-                yield FileTensor(name, file, entry["dtype"], tuple(entry["shape"]), digest)
+                    digest = tensor_fingerprint_bytes(dtype, shape, part)
+                yield FileTensor(name, file, dtype, shape, digest)
+
+
+def _entries(file: Path, header: bytes, size: int) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, dtype, shape and place of each tensor, in the order of the file. Raises DataError for anything but a sound header."""
+    try:
+        found = []
+        for name, entry in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (low, high) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            whole = all(type(number) is int and number >= 0 for number in (*shape, low, high))
+            inside = whole and isinstance(dtype, str) and low <= high <= size
+            if not inside or (high - low != math.prod(shape) * _SIZES.get(dtype, 0) and dtype in _SIZES):
+                raise DataError(f"{file} is damaged at its tensor '{name}'.", "Fetch it again.")
+            found.append((name, dtype, shape, low, high))
+        return sorted(found, key=lambda item: item[3])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(f"{file} is not a safetensors file.", "Fetch it again.") from None
 
 
 def _start(dtype: str, shape: tuple[int, ...] | list[int]) -> hashlib.blake2b:

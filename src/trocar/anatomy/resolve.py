@@ -235,7 +235,7 @@ class Anatomy:
         towers = sorted(self.towers.values(), key=lambda t: t.name) if tower is None else [self.tower(tower)]
         return [item for t in towers for layer in range(t.n_layers) for item in self._of_layer(name, t, layer)]
 
-    def linear(self, component: Linear | str) -> LinearView:
+    def linear(self, component: Component | str) -> LinearView:
         """The view of a linear map, `L5.mlp.down`."""
         item = self.check(component)
         if not isinstance(item, Linear):

@@ -17,6 +17,7 @@ _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "n
 _TEXT = {**_SMALL, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "tie_word_embeddings": False}
 _IMAGE = {**_SMALL, "image_size": 8, "patch_size": 4}
+_DINOV2 = {**{k: v for k, v in _IMAGE.items() if k != "intermediate_size"}, "mlp_ratio": 2}
 _CLIP_TEXT = {**_TEXT, "max_position_embeddings": 16}
 _GEMMA = {**_GROUPED, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "sliding_window": 32}
 _GPT2 = {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 64,
@@ -49,8 +50,8 @@ TINY: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "opt-post-norm": ("OPT", _LM, {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     "vit": ("ViT", _PICTURE, _IMAGE),
     "deit": ("DeiT", _PICTURE, _IMAGE),
-    "dinov2": ("Dinov2", _PICTURE, {**_IMAGE, "mlp_ratio": 2}),
-    "dinov2-swiglu": ("Dinov2", _PICTURE, {**_IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "dinov2": ("Dinov2", _PICTURE, _DINOV2),
+    "dinov2-swiglu": ("Dinov2", _PICTURE, {**_DINOV2, "use_swiglu_ffn": True}),
     "clip": ("CLIP", {"base": "Model", "class": "ForImageClassification"},
              {"text_config": _CLIP_TEXT, "vision_config": _IMAGE, "projection_dim": 16}),
     "clip_text_model": ("CLIP", {"base": "TextModel", "class": "TextModelWithProjection", "config": "TextConfig"}, _CLIP_TEXT),
