@@ -9,7 +9,7 @@ A peer that is not installed is left out, and said so in the result. All models 
 (TransformerLens asks for it): `small` has 12 blocks of width 768, `tiny` 12 of width 32, where a pass is so short that overheads show.
 The peers open a context for every pass; Trocar is measured so, and with one context for ten passes. Every way of recording is checked to
 give the same tensor before it is timed. The ways take turns within a round; reported is the median over rounds of (pass with recording -
-that tool's own pass without), with the 95 % interval of the median from the order statistics.
+that tool's own pass without), with the 95 % interval of the median from the order statistics, in processor time (the sweep and the untouched model: wall time).
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import gc
 import importlib.metadata
 import importlib.util
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import arguments, paired_seconds, seconds_of, write_result
+from common import arguments, paired_seconds, write_result
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trocar.anatomy import Anatomy, Head
@@ -41,6 +42,13 @@ def build(shape: str) -> Any:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"n_layer": 12, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
     return GPT2LMHeadModel(GPT2Config(**settings, **SHAPES[shape])).eval()
+
+
+def processor_seconds(work: Callable[[], object]) -> float:
+    """Processor time of one call: microseconds are to be told apart, and a shared machine's other work must not count."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def hooks(model: torch.nn.Module) -> int:
@@ -114,7 +122,7 @@ def time_recorders(shape: str, rounds: int) -> dict[str, dict[str, float]]:
             name = names[(number + place) % len(names)]
             recording, plain = ways[name]
             pair = (recording, plain) if number % 2 else (plain, recording)
-            seconds = [seconds_of(work) for work in pair]
+            seconds = [processor_seconds(work) for work in pair]
             with_, without = seconds if number % 2 else seconds[::-1]
             if number >= 3:  # the first rounds warm up
                 extra[name].append(with_ - without)
@@ -147,7 +155,7 @@ def time_standing(shape: str, rounds: int) -> tuple[dict[str, float], dict[str, 
     for number in range(rounds + 1):
         for place in range(3):
             name = list(ways)[(number + place) % 3]
-            seconds[name].append(seconds_of(ways[name]) / PASSES)
+            seconds[name].append(processor_seconds(ways[name]) / PASSES)
     extra = [[with_ - without for with_, without in zip(seconds[name], seconds["plain"], strict=True)][1:] for name in ("ours", "bare")]
     return median_interval(extra[0]), median_interval(extra[1])
 
