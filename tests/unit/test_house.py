@@ -145,6 +145,13 @@ def test_source_files_are_short_and_say_what_they_are(path: Path) -> None:
         assert (ast.get_docstring(tree(path)) or "").strip(), "a public module needs a docstring that says what it is for"
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if room(path) not in BASEMENT], ids=lambda path: str(path.relative_to(SRC)))
+def test_docstrings_name_the_right_floor(path: Path) -> None:
+    """A module need not say on which floor it stands, but must not say another one."""
+    named = re.findall(r"\bFloor (\d)\b", ast.get_docstring(tree(path)) or "")
+    assert set(named) <= {str(FLOORS[room(path)])}
+
+
 FORBIDDEN_CALLS = {
     "eval": "executes text",
     "exec": "executes text",
