@@ -9,7 +9,8 @@ A peer that is not installed is left out, and said so in the result. All models 
 (TransformerLens asks for it): `small` has 12 blocks of width 768, `tiny` 12 of width 32, where a pass is so short that overheads show.
 The peers open a context for every pass; Trocar is measured so, and with one context for ten passes. Every way of recording is checked to
 give the same tensor before it is timed. The ways take turns within a round; reported is the median over rounds of (pass with recording -
-that tool's own pass without), with the 95 % interval of the median from the order statistics, in processor time (the sweep and the untouched model: wall time).
+that tool's own pass without), with the 95 % interval of the median from the order statistics, in processor time (the sweep and the
+untouched model: wall time).
 """
 
 from __future__ import annotations
