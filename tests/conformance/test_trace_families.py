@@ -2,25 +2,12 @@
 
 import pytest
 import torch
+from causal import CAUSAL
 
 from trocar.anatomy import TINY, Anatomy, Block, Head, Linear, Neuron, tiny_inputs, tiny_model
 from trocar.trace import KINDS, Add, Point, Replace, Scale, capture_prefix, intervene, record
 
 torch.set_num_threads(1)
-CAUSAL = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "gpt_neox-sequential",
-    "opt",
-    "opt-post-norm",
-]
 
 
 def main_output(output, tower):

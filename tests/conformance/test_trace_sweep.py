@@ -2,25 +2,12 @@
 
 import pytest
 import torch
+from causal import CAUSAL
 
 from trocar.anatomy import TINY, Anatomy, Attention, Block, Head, Mlp, Neuron, tiny_inputs, tiny_model
 from trocar.trace import Add, Point, Replace, Scale, capture_prefix, intervene, sweep
 
 torch.set_num_threads(1)
-CAUSAL = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "gpt_neox-sequential",
-    "opt",
-    "opt-post-norm",
-]
 KERNELS = {"gemma2": ("eager",)}  # its soft caps have no sdpa
 
 

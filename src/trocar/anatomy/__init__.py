@@ -5,8 +5,9 @@ Names are imported when they are first used, so that component names and checkpo
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trocar.core.lazy import lazy
 
 if TYPE_CHECKING:
     from trocar.anatomy.components import Attention, Block, Channel, Component, Head, Linear, Mlp, Neuron, parse
@@ -37,7 +38,6 @@ _HOMES = {
     "resolve": ("Anatomy", "Tower"),
     "tiny": ("TINY", "tiny_inputs", "tiny_model"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "FAMILIES", "TINY", "Anatomy", "Attention", "Block", "Channel", "Component",
     "Family", "FileTensor", "Head", "Linear", "LinearView", "Mlp", "Neuron",
@@ -45,10 +45,4 @@ __all__ = [
     "parse", "register", "structure_fingerprint", "tensor_fingerprint", "tensor_fingerprint_bytes", "tiny_inputs", "tiny_model",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, _HOMES)

@@ -5,8 +5,9 @@ Names are imported when they are first used, so that measurements, checks and re
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trocar.core.lazy import lazy
 
 if TYPE_CHECKING:
     from trocar.evaluate.checks import Check, CheckRow, Verdict, parse_checks, run_checks
@@ -26,7 +27,6 @@ _HOMES = {
     "forward": ("BaseOutputs", "data_digest", "evaluating", "outputs", "refuse_overlap"),
     "rates": ("accuracy", "cost", "generalisation", "generalisation_rate", "locality", "predictions", "success"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "BaseOutputs",
     "Check",
@@ -59,10 +59,4 @@ __all__ = [
     "success",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, _HOMES)

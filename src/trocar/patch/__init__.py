@@ -5,8 +5,9 @@ Names are imported when they are first used, so that `read_header` works without
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trocar.core.lazy import lazy
 
 if TYPE_CHECKING:
     from trocar.patch.compare import diff
@@ -40,16 +41,9 @@ _HOMES = {
     "record": ("Base", "Effect"),
     "stacking": ("AppliedStack", "Overlap", "Stack", "stack"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Overlap",
     "Patch", "Remove", "SparseReplace", "Stack", "diff", "export", "merge_into", "read_header", "stack",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, _HOMES)

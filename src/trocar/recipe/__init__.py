@@ -3,8 +3,9 @@ no torch."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trocar.core.lazy import lazy
 
 if TYPE_CHECKING:
     from trocar.recipe.engine import Forecast, RunResult, forecast, run
@@ -18,7 +19,6 @@ _HOMES = {
     "registry": ("METHODS", "get_method"),
     "schema": ("Recipe", "load_recipe", "parse_recipe"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
     "Forecast",
@@ -33,10 +33,4 @@ __all__ = [
     "run",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, _HOMES)

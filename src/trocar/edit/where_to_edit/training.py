@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trocar.anatomy import tensor_fingerprint
+from trocar.anatomy import fingerprint, tensor_fingerprint
 from trocar.core.errors import DataError, EditError
 from trocar.core.files import atomic_path
 from trocar.core.progress import track
@@ -47,7 +47,8 @@ def train_mask_hypernetwork(
     place = Place.of(model, config.first_block, config.blocks, config.tower)
     patch_size(place.model)
     heads = config.heads or default_heads(place.tower.width)
-    identity = made_for(place)
+    identity: dict[str, Any] = made_for(place)
+    identity["fingerprint"] = fingerprint(place.model)  # hashed anew: stored labels must be of these very weights
     key = {"config": config.model_dump(mode="json"), "seed": seed, "model": identity["fingerprint"], "images": tensor_fingerprint(images)}
     images = images.detach().cpu()
     labels, found = _calibrated(place, images, config, seed, work, key)
