@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -86,6 +86,25 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Transcript:
+    """Texts side by side: what a model answered before and after, with what would have been right.
+
+    marks_before, marks_after: one word per row for what is wrong there (`wrong language`, `loop`), empty where nothing is; None: a row is
+    judged by whether its text begins with the truth.
+    """
+
+    id: str
+    title: str
+    prompts: Sequence[str]
+    before: Sequence[str]
+    after: Sequence[str]
+    truth: Sequence[str]
+    marks_before: Sequence[str] | None = None
+    marks_after: Sequence[str] | None = None
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A prediction made before the work: peak bytes beyond the loaded model, wall seconds on this machine, and how it was made."""
 
@@ -96,7 +115,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Job:
-    """What a method gets. `data` maps the roles that the method declares to examples; `class_names` are the model's labels."""
+    """What a method gets. `data` maps the roles that the method declares to examples; `class_names` are the model's labels; `processor`
+    is the checkpoint's tokenizer where the method reads texts."""
 
     model: torch.nn.Module
     data: Mapping[str, Examples]
@@ -104,11 +124,15 @@ class Job:
     seed: int
     work: Workspace
     class_names: Sequence[str] = ()
+    processor: Any = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method gives back. `log` holds settings found on the way (calibrated step, open share, stop reason) for the report."""
+    """What a method gives back. `log` holds settings found on the way (calibrated step, open share, stop reason) for the report.
+
+    probes: model inputs by name on which the patch's effect is verified, from methods that read texts (with pictures, the roles serve).
+    """
 
     patch: Patch | None
     measurements: Sequence[Measurement]
@@ -116,6 +140,8 @@ class Outcome:
     figures: Sequence[Figure] = ()
     galleries: Sequence[Gallery] = ()
     log: Mapping[str, Any] = field(default_factory=dict)
+    transcripts: Sequence[Transcript] = ()
+    probes: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,6 +149,7 @@ class Method:
     """One method as a recipe sees it.
 
     `roles` maps each data role to one sentence; a name ending in `?` is optional, one in `*` may repeat (`locality.random`).
+    reads: what the roles' rows are. Rows of texts have no `inputs`; their columns stand in `fields`.
     """
 
     name: str
@@ -135,3 +162,4 @@ class Method:
     estimate: Callable[[Job], Estimate]
     starter: str  # a commented recipe in YAML
     default_checks: Sequence[Mapping[str, Any]] = ()
+    reads: Literal["pictures", "texts"] = "pictures"
