@@ -101,7 +101,7 @@ class Asked:
         return tuple((-back - (len(row) if self.mode == "sequence" else 1),) for row in self.tokens)
 
     def metric(self, output: Any, rows: torch.Tensor) -> torch.Tensor:
-        """The probability of each row's answer, (len(rows),), float32 (float64 for a float64 model). rows: which of the prompts these are."""
+        """The probability of each row's answer, (len(rows),), float32 (float64 for a float64 model). rows: which prompts they are."""
         chosen = [self.tokens[row] for row in rows.tolist()]
         logits = output.logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -116,7 +116,7 @@ class Asked:
         return torch.where(there, found, 0).sum(1).exp()
 
     def rank(self, output: Any, rows: torch.Tensor) -> torch.Tensor:
-        """The rank (1 = most probable) of the answer's first token after the prompt, of all its tokens in mode `bag` (mean); (len(rows),)."""
+        """The rank (1 = most probable) of the answer's first token after the prompt, in mode `bag` the mean over its tokens; (len(rows),)."""
         ends, logits = self.end(), output.logits
         ranks = []
         for number, row in enumerate(rows.tolist()):
