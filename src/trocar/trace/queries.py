@@ -116,7 +116,7 @@ class Asked:
         return torch.where(there, found, 0).sum(1).exp()
 
     def rank(self, output: Any, rows: torch.Tensor) -> torch.Tensor:
-        """The rank (1 = most probable) of the answer's first token after the prompt, in mode `bag` the mean over its tokens; (len(rows),)."""
+        """The rank (1 = most probable) of the answer's first token after the prompt, in mode `bag` the mean over its tokens."""
         ends, logits = self.end(), output.logits
         ranks = []
         for number, row in enumerate(rows.tolist()):
