@@ -10,10 +10,11 @@ from trocar.core.errors import ConfigError, DataError
 from trocar.core.files import read_json
 from trocar.lab import registry
 from trocar.lab.failures import groups, locality
+from trocar.lab.fitting import last_whole_checkpoint
 from trocar.lab.rare import rare_parts, split
 from trocar.lab.registry import RareData, TrainRecipe, ViTShape
 from trocar.lab.sources import Table
-from trocar.lab.training import fit, last_whole_checkpoint, new_vit
+from trocar.lab.training import fit, new_vit
 
 SHAPE = ViTShape(image=16, patch=8, width=16, blocks=2, heads=2, neurons=24)
 RECIPE = TrainRecipe(epochs=5, batch=16, shift=2, checkpoint_steps=5)  # 64 pictures: 20 steps

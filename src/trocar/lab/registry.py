@@ -39,17 +39,41 @@ class ViTShape(Config):
     neurons: int = 512
 
 
-class TrainRecipe(Config):
-    """How a lab model is trained: AdamW, linear warm-up, cosine; flips, shifts (pixels, reflected borders); stored in float16."""
+class Optimiser(Config):
+    """AdamW with linear warm-up (share of the steps) and cosine decay; weights are stored in float16."""
 
-    epochs: float
     batch: int = 128
     lr: float = 2e-3
     warmup: float = 0.08
     weight_decay: float = 0.1
     clip: float = 1.0
-    shift: int = 4
     checkpoint_steps: int = 100
+
+
+class TrainRecipe(Optimiser):
+    """How a vision model is trained; flips, shifts (pixels, reflected borders)."""
+
+    epochs: float
+    shift: int = 4
+
+
+class DecoderShape(Config):
+    """Sizes of a `LlamaForCausalLM`; no dropout."""
+
+    width: int = 96
+    blocks: int = 8
+    heads: int = 4
+    neurons: int = 384
+    tied: bool = False
+
+
+class TextRecipe(Optimiser):
+    """How a language model is trained. packed: a training row holds one to this many sentences."""
+
+    steps: int
+    batch: int = 40
+    warmup: float = 0.05
+    packed: int = 3
 
 
 class LabModel(Config):

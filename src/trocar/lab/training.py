@@ -1,13 +1,8 @@
-"""Train a lab model: `transformers.Trainer` with checkpoints, the same bytes whether or not it was killed on the way.
-
-Every batch is a pure function of (seed, position), not of a running random state, so a resumed run sees what an uninterrupted one would
-have seen.
-"""
+"""Train a lab model and write it with its card; the pictures' stream."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +13,7 @@ from torch import nn
 from trocar.core.errors import DataError
 from trocar.core.files import write_json, write_text
 from trocar.core.seeds import derive, generator
+from trocar.lab.fitting import fit_stream
 from trocar.lab.pixels import decode_all, processor_for
 from trocar.lab.rare import RareSplit, split
 from trocar.lab.registry import LabModel, TrainRecipe, ViTShape, cache_folder, get
@@ -63,32 +59,8 @@ def fit(
 
     stop_after ends early, after that many steps (tests).
     """
-    import transformers
-
     steps = max(1, round(recipe.epochs * len(labels) / recipe.batch))
-    arguments = transformers.TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        per_device_train_batch_size=recipe.batch,
-        learning_rate=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.clip,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(recipe.warmup * steps)),
-        save_steps=recipe.checkpoint_steps,
-        save_total_limit=2,
-        logging_steps=50,
-        seed=derive(seed, "trainer") % 2**31,
-        use_cpu=device == "cpu",
-        report_to="none",
-        disable_tqdm=os.environ.get("TROCAR_PROGRESS") == "0",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,  # the stream hands over whole batches
-    )
-    trainer = _trainer(stop_after, model=model, args=arguments, train_dataset=_Stream(pixels, labels, recipe, steps, seed))
-    model.train()
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
-    return model.eval()
+    return fit_stream(model, _Stream(pixels, labels, recipe, steps, seed), recipe, steps, work, seed, device, stop_after)
 
 
 def new_vit(shape: ViTShape, classes: tuple[str, ...], seed: int) -> nn.Module:
@@ -170,17 +142,6 @@ def card_text(facts: dict[str, Any]) -> str:
 """
 
 
-def last_whole_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint written to its end: `trainer_state.json` is the Trainer's last file, so a kill leaves it out or cut."""
-    for folder in sorted(work.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            return str(folder)
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(folder, ignore_errors=True)
-    return None
-
-
 def _normal(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1  # the processor's rescale and normalise with mean = std = .5
 
@@ -216,28 +177,3 @@ class _Stream(torch.utils.data.Dataset):
             moves = torch.randint(0, 2 * s + 1, (len(rows), 2), generator=rng)
             pixels = torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, moves.tolist(), strict=True)])
         return {"pixel_values": pixels, "labels": self.labels[rows]}
-
-
-def _trainer(stop_after: int | None, **arguments: Any) -> Any:
-    """A Trainer that takes the stream in its own order; made here because importing the Trainer takes seconds."""
-    import transformers
-
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-            return torch.utils.data.SequentialSampler(arguments["train_dataset"])
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            # The Trainer's own way looks for today's parameter names in what was saved under older ones, and only warns about the rest.
-            model = self.model if model is None else model
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=next(model.parameters()).dtype)
-            model.load_state_dict(saved.state_dict(), strict=True)
-
-    class StopAfter(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            control.should_training_stop = state.global_step == stop_after
-            return control
-
-    def whole(batch: Any) -> Any:
-        return batch
-
-    return InOrder(callbacks=[] if stop_after is None else [StopAfter()], data_collator=whole, **arguments)
