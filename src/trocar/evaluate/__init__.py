@@ -15,8 +15,20 @@ if TYPE_CHECKING:
     from trocar.evaluate.forward import BaseOutputs, data_digest, evaluating, outputs, refuse_overlap
     from trocar.evaluate.fronts import Difference, at_equal, group_bootstrap_difference
     from trocar.evaluate.language import Perplexity, kl, kl_to_base, perplexity, perplexity_measurement
+    from trocar.evaluate.loops import Loop, find_loop, repetition, repetitions
     from trocar.evaluate.measurement import Measurement, Summary
     from trocar.evaluate.rates import accuracy, cost, generalisation, generalisation_rate, locality, predictions, success
+    from trocar.evaluate.translation import (
+        CorpusScore,
+        corpus_score,
+        identify,
+        language_code,
+        language_mismatch,
+        language_name,
+        mismatches,
+        sentence_scores,
+        translation_quality,
+    )
 
 _HOMES = {
     "checks": ("Check", "CheckRow", "Verdict", "parse_checks", "run_checks"),
@@ -25,38 +37,63 @@ _HOMES = {
     "language": ("Perplexity", "kl", "kl_to_base", "perplexity", "perplexity_measurement"),
     "measurement": ("Measurement", "Summary"),
     "forward": ("BaseOutputs", "data_digest", "evaluating", "outputs", "refuse_overlap"),
+    "loops": ("Loop", "find_loop", "repetition", "repetitions"),
+    "translation": (
+        "CorpusScore",
+        "corpus_score",
+        "identify",
+        "language_code",
+        "language_mismatch",
+        "language_name",
+        "mismatches",
+        "sentence_scores",
+        "translation_quality",
+    ),
     "rates": ("accuracy", "cost", "generalisation", "generalisation_rate", "locality", "predictions", "success"),
 }
 __all__ = [
     "BaseOutputs",
     "Check",
     "CheckRow",
+    "CorpusScore",
     "Difference",
+    "Loop",
     "Measurement",
     "Perplexity",
     "Summary",
     "Verdict",
     "accuracy",
     "at_equal",
+    "corpus_score",
     "cost",
     "counts",
     "data_digest",
     "evaluating",
+    "find_loop",
     "generalisation",
     "generalisation_rate",
     "group_bootstrap_difference",
+    "identify",
     "kl",
     "kl_to_base",
+    "language_code",
+    "language_mismatch",
+    "language_name",
     "latency",
     "locality",
+    "mismatches",
     "outputs",
     "parse_checks",
     "perplexity",
     "perplexity_measurement",
     "predictions",
     "refuse_overlap",
+    "repetition",
+    "repetitions",
     "run_checks",
+    "sentence_scores",
     "success",
+    "translation_quality",
 ]
 
 __getattr__ = lazy(__name__, _HOMES)
