@@ -1,8 +1,8 @@
 """Is a translation in the right language, and how good is it? Floor 3, no torch; needs the extra `mt`.
 
 Languages are told apart by py3langid, whose model comes with the package. On the first words of 250 Multi30k sentences a language,
-restricted to these four (en, de, fr, cs), it names the right one in 92 % of cases at two words, 99.5 % at three and 100 % from five on, in 0.02 ms;
-lingua (20 times the size) in 94, 97.5 and 99.1 %, langdetect in 70, 84 and 95 %. BLEU and chrF are sacrebleu's.
+restricted to these four (en, de, fr, cs), it names the right one in 92 % of cases at two words, 99.5 % at three and 100 % from five on, in
+0.02 ms; lingua (20 times the size) in 94, 97.5 and 99.1 %, langdetect in 70, 84 and 95 %. BLEU and chrF are sacrebleu's.
 """
 
 from __future__ import annotations
