@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from trocar.evaluate.language import Perplexity, kl, kl_to_base, perplexity, perplexity_measurement
     from trocar.evaluate.loops import Loop, find_loop, repetition, repetitions
     from trocar.evaluate.measurement import Measurement, Summary
+    from trocar.evaluate.queries import (
+        QueryScores,
+        RelativeChange,
+        contains_answer,
+        query_measurements,
+        relative_change,
+        relative_changes,
+        relative_rows,
+    )
     from trocar.evaluate.rates import accuracy, cost, generalisation, generalisation_rate, locality, predictions, success
     from trocar.evaluate.translation import (
         CorpusScore,
@@ -49,6 +58,15 @@ _HOMES = {
         "sentence_scores",
         "translation_quality",
     ),
+    "queries": (
+        "QueryScores",
+        "RelativeChange",
+        "contains_answer",
+        "query_measurements",
+        "relative_change",
+        "relative_changes",
+        "relative_rows",
+    ),
     "rates": ("accuracy", "cost", "generalisation", "generalisation_rate", "locality", "predictions", "success"),
 }
 __all__ = [
@@ -60,10 +78,13 @@ __all__ = [
     "Loop",
     "Measurement",
     "Perplexity",
+    "QueryScores",
+    "RelativeChange",
     "Summary",
     "Verdict",
     "accuracy",
     "at_equal",
+    "contains_answer",
     "corpus_score",
     "cost",
     "counts",
@@ -87,7 +108,11 @@ __all__ = [
     "perplexity",
     "perplexity_measurement",
     "predictions",
+    "query_measurements",
     "refuse_overlap",
+    "relative_change",
+    "relative_changes",
+    "relative_rows",
     "repetition",
     "repetitions",
     "run_checks",
