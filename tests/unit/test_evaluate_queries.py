@@ -124,7 +124,7 @@ probabilities = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.integers
 def test_relative_change_in_plain_python(rows: list[tuple[float, float, int]]) -> None:
     per_case: dict[int, list[float]] = {}
     for pre, post, case in rows:
-        per_case.setdefault(case, []).append((post - pre) / pre if pre > 1e-300 else 0.0)
+        per_case.setdefault(case, []).append((post - pre) / pre if pre >= 1e-300 else 0.0)
     means = [sum(values) / len(values) for values in per_case.values()]
     found = relative_change("x", [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
     assert found.mean == pytest.approx(sum(means) / len(means), rel=1e-9, abs=1e-9)

@@ -101,7 +101,7 @@ def relative_change(name: str, before: Any, after: Any, cases: Sequence[Hashable
     if not keep.any():
         raise MetricError(f"'{name}': no query has a value on both sides.", "Measure at least one.")
     before, after = before[keep], after[keep]
-    zero = before < np.finfo(np.float64).tiny  # 0, or so near that the ratio overflows
+    zero = before < 1e-300  # 0, or so near that ratios overflow
     change = np.where(zero, 0.0, (after - before) / np.where(zero, 1.0, before))
     rows: dict[Hashable, list[int]] = {}
     for row, place in enumerate(np.flatnonzero(keep).tolist()):
