@@ -27,7 +27,7 @@ from common import arguments, write_result
 
 from trocar.anatomy import fingerprint, tiny_model
 from trocar.core.errors import TrocarError
-from trocar.patch import Adapter, AddVector, Factors, Gate, LowRank, Patch, Remove, SparseReplace, read_header
+from trocar.patch import Adapter, AddVector, Factors, Gate, LowRank, Patch, Remove, ScaleAt, SparseReplace, read_header
 from trocar.patch import format as file_format
 
 SEED = 0
@@ -36,7 +36,7 @@ NASTY: list[Any] = [
     None, True, False, 0, -1, 1, 2, 255, 2**31, 2**31 - 1, 2**48 + 1, 2**63, -(2**63), 2**64, 0.0, -0.0, 1e308, 5e-324, "", "x", "L0",
     "L0.H0", "NaN",
     "../../etc/passwd", "/dev/zero", "os.system", "__class__", "\u0000", "\ud800", "é" * 300, "A" * 5000, [], {}, [[]], [None], {"": {}},
-    "sparse-replace", "low-rank", "gate", "add-vector", "remove", "adapter", "F32", "BF16", "BOOL", "I64", "whole", "rows", "cols", "flat",
+    "sparse-replace", "low-rank", "gate", "scale-at", "add-vector", "remove", "adapter", "F32", "BF16", "BOOL", "I64", "whole", "rows", "cols", "flat",
 ]  # fmt: skip
 
 
@@ -56,7 +56,11 @@ def corpus(model: Any) -> list[bytes]:
     ops += [
         [SparseReplace(UP, tuple(weight.shape), weight + 1)],
         [LowRank(f"{Q}.weight", normal(2, 32), normal(64, 2))],
-        [Gate({"L0.H1": 0.0, "L1.mlp": 0.5}), AddVector("L1.resid_post", normal(32), positions=[-1])],
+        [
+            Gate({"L0.H1": 0.0, "L1.mlp": 0.5}),
+            AddVector("L1.resid_post", normal(32), positions=[-1]),
+            ScaleAt({"L0.H1": 0.0, "L1.N3": 2.0}, "last"),
+        ],
         [Adapter({Q: Factors(normal(2, 32), normal(64, 2), 0.5)}, "CAUSAL_LM"), Remove(["L0.H0", "L0.H1", "L1"])],
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from trocar.anatomy import Anatomy, fingerprint, tiny_inputs, tiny_model
 from trocar.core.errors import DataError, ExportError, PatchBaseError, PatchFormatError
-from trocar.patch import Adapter, AddVector, Factors, Gate, LowRank, Patch, Remove, SparseReplace, diff, export, merge_into
+from trocar.patch import Adapter, AddVector, Factors, Gate, LowRank, Patch, Remove, ScaleAt, SparseReplace, diff, export, merge_into
 from trocar.patch.checkpoint import match, scan, skeleton
 from trocar.patch.compare import joint_fingerprint
 
@@ -194,6 +194,15 @@ def test_vectors_without_a_bias_to_go_to(saved, tmp_path, family, point, positio
     patch = Patch.of(model, [AddVector(point, normal(32), positions)])
     for source in (model, folder):
         with pytest.raises(ExportError, match=rf"{says}.*patch file itself"):
+            export(patch, source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_acts_at_positions_is_no_weight(saved, tmp_path):
+    model, folder = saved("llama")
+    patch = Patch.of(model, [ScaleAt({"L0.H1": 0.0}, "last+generated")])
+    for source in (model, folder):
+        with pytest.raises(ExportError, match=r"positions last\+generated.*Use Gate"):
             export(patch, source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from trocar.anatomy import fingerprint, tiny_model
 from trocar.core.errors import PatchFormatError
-from trocar.patch import Adapter, AddVector, Base, Effect, Factors, Gate, LowRank, Patch, Remove, SparseReplace, read_header
+from trocar.patch import Adapter, AddVector, Base, Effect, Factors, Gate, LowRank, Patch, Remove, ScaleAt, SparseReplace, read_header
 from trocar.patch import format as file_format
 
 BASE = Base(fingerprint="f" * 32, structure="s" * 32, family="llama", dtype="F32", tensors={"w": "t" * 32})
@@ -34,10 +34,11 @@ def make() -> Patch:
         LowRank("model.x", torch.ones(2, 4), torch.ones(5, 2)),
         Gate({"L0.H1": 0.0, "L1.mlp": 0.5}),
         AddVector("L0.resid_post", torch.ones(4), positions=[-1, 3]),
+        ScaleAt({"L0.H1": 0.0, "L1.N9": 2.0}, "last+generated"),
         Adapter({"a.q": Factors(torch.ones(1, 3), torch.ones(2, 1), 0.5)}, task="CAUSAL_LM"),
         Remove(["L1.N3", "L2"]),
     )
-    effects = (Effect(changed=6, norm=1.5), *[None] * 7)
+    effects = (Effect(changed=6, norm=1.5), *[None] * 8)
     return Patch(BASE, ops, "test", {"rate": 0.001, "names": ["é", "\u2028"]}, [{"name": "accuracy", "after": 1.0}], effects)
 
 
@@ -108,7 +109,7 @@ def test_reading_a_header_needs_no_torch(good):
         "assert not {'torch', 'transformers', 'pickle5'} & set(sys.modules), 'torch was imported'"
     )
     done = subprocess.run([sys.executable, "-c", code, str(good)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, "8"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, "9"), done.stderr
 
 
 @FAST
@@ -200,9 +201,9 @@ HEADERS = {
     "no gates": (set_op(4, factors={}), "no component"),
     "a component that is none": (set_op(4, factors={"L0.X1": 0.0}), "factors"),
     "unsorted positions": (set_op(5, positions=[3, -1]), "sorted"),
-    "unsorted components": (set_op(7, components=["L2", "L1.N3"]), "sorted"),
-    "repeated components": (set_op(7, components=["L2", "L2"]), "unique"),
-    "a removal of an attention": (set_op(7, components=["L2.attn"]), "only heads"),
+    "unsorted components": (set_op(8, components=["L2", "L1.N3"]), "sorted"),
+    "repeated components": (set_op(8, components=["L2", "L2"]), "unique"),
+    "a removal of an attention": (set_op(8, components=["L2.attn"]), "only heads"),
     "an operation after the removal": (
         lambda meta, table: meta["ops"].reverse() or meta["effects"].reverse(),
         "after a removal",
@@ -377,14 +378,20 @@ def any_op(draw):
         return torch.randn(shape, generator=generator).to(dtype)
 
     name = draw(NAMES)
-    kind = draw(st.sampled_from(["whole", "rows", "cols", "flat", "low-rank", "gate", "vector", "adapter"]))
+    kind = draw(st.sampled_from(["whole", "rows", "cols", "flat", "low-rank", "gate", "vector", "scale", "adapter"]))
     if kind == "low-rank":
         rank = draw(st.integers(1, min(rows, columns)))
         return LowRank(name, values(rank, columns), values(rows, rank), draw(st.booleans()))
     if kind == "gate":
         return Gate({f"L{layer}.H{layer}": float(layer) for layer in range(rows)})
+    if kind == "scale":
+        return ScaleAt(
+            {f"L{layer}.N{layer}": float(layer) for layer in range(rows)}, draw(st.sampled_from([None, "last+generated", [0, 2]]))
+        )
     if kind == "vector":
-        return AddVector(f"L{rows}.resid_post", values(columns), draw(st.sampled_from([None, "last", "generated", [0, 2]])))
+        return AddVector(
+            f"L{rows}.resid_post", values(columns), draw(st.sampled_from([None, "last", "generated", "last+generated", [0, 2]]))
+        )
     if kind == "adapter":
         return Adapter({f"{name}{n}": Factors(values(1, columns), values(rows, 1), draw(st.floats(-9, 9))) for n in range(3)})
     if kind == "whole":

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trocar.anatomy import Anatomy, fingerprint, tiny_inputs, tiny_model
 from trocar.core.errors import ComponentError, EditError, PatchBaseError, PatchFormatError, PatchStateError, TrocarError
-from trocar.patch import Adapter, AddVector, Factors, Gate, LowRank, Patch, Remove, SparseReplace
+from trocar.patch import Adapter, AddVector, Factors, Gate, LowRank, Patch, Remove, ScaleAt, SparseReplace
 from trocar.patch.actions import Place, Write, bits
 from trocar.trace import Scale, intervene
 
@@ -56,6 +56,7 @@ def operations(model):
         "low-rank": [LowRank(f"{Q}.weight", normal(2, 32), normal(64, 2))],
         "low-rank in the base's dtype": [LowRank(f"{Q}.weight", normal(2, 32).to(dtype), normal(64, 2).to(dtype))],
         "gate": [Gate({"L0.H1": 0, "L1.mlp": 0.5, "L2": 0, "L1.N3": -2})],
+        "scaled at positions": [ScaleAt({"L0.H1": 0, "L1.N3": -2, "L1.N7": 0.5}, "last")],
         "vector": [AddVector("L1.resid_post", normal(32))],
         "vector at heads": [AddVector("L0.heads", normal(64), positions=[-1])],
         "remove heads": [Remove(["L0.H0", "L0.H1"])],
@@ -245,6 +246,11 @@ def test_a_vector_acts_in_generation_until_it_is_reverted(llama):
         (lambda m: AddVector("L1.resid_post", torch.zeros(32)), EditError, "changes nothing"),
         (lambda m: AddVector("L1.resid_post", normal(31)), PatchBaseError, "31 entries"),
         (lambda m: AddVector("L1.resid_post", torch.full((32,), float("nan"))), EditError, "NaN"),
+        (lambda m: ScaleAt({"L1.H0": 1.0}), EditError, "changes nothing"),
+        (lambda m: ScaleAt({"L1.mlp": 0.0}), EditError, "at positions"),
+        (lambda m: ScaleAt({"L1.N999": 0.0}), ComponentError, "N999"),
+        (lambda m: ScaleAt({}), PatchFormatError, "no component"),
+        (lambda m: ScaleAt({"L1.H0": 0.0}, "sometimes"), PatchFormatError, "positions"),
         (lambda m: AddVector("L7.resid_post", normal(32)), ComponentError, "Layers run"),
         (lambda m: AddVector("L1.nowhere", normal(32)), PatchFormatError, "pattern"),
         (lambda m: AddVector("L1.resid_post", normal(32), positions="sometimes"), PatchFormatError, "positions"),

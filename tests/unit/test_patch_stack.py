@@ -7,7 +7,7 @@ import torch
 
 from trocar.anatomy import fingerprint, tiny_model
 from trocar.core.errors import PatchBaseError, PatchOverlapError, PatchStateError
-from trocar.patch import AddVector, Gate, LowRank, Patch, Remove, SparseReplace, stack
+from trocar.patch import AddVector, Gate, LowRank, Patch, Remove, ScaleAt, SparseReplace, stack
 from trocar.patch.actions import Place
 from trocar.patch.stacking import common
 
@@ -36,13 +36,15 @@ def patches(model):
         "mlp": Patch.of(model, [Gate({"L0.mlp": 0.5})]),
         "low": Patch.of(model, [LowRank(NAME.format(0), torch.ones(1, 32), torch.randn(48, 1, generator=generator))]),
         "steer": Patch.of(model, [AddVector("L1.resid_post", torch.ones(32))]),
+        "off": Patch.of(model, [ScaleAt({"L0.N2": 0.0, "L0.N3": 2.0}, "last")]),
+        "louder": Patch.of(model, [ScaleAt({"L0.N3": 3.0, "L0.N4": 0.0})]),
         "push": Patch.of(model, [AddVector("L1.resid_post", -2 * torch.ones(32))]),
         "remove": Patch.of(model, [Remove(["L0.N1", "L1.H0", "L1.H1"])]),
     }
 
 
 def test_overlaps_count_entries(model, patches):
-    order = ["a", "b", "gate", "mlp", "low", "steer", "push", "remove"]
+    order = ["a", "b", "gate", "mlp", "low", "steer", "push", "off", "louder", "remove"]
     found = {
         (order[one.first], order[one.second]): (one.where, one.entries)
         for one in stack([patches[name] for name in order], "order").overlaps(model)
@@ -54,6 +56,7 @@ def test_overlaps_count_entries(model, patches):
         ("b", "low"): (NAME.format(0), 64),
         ("gate", "mlp"): (down, 32),
         ("steer", "push"): ("L1.resid_post", 1),
+        ("off", "louder"): ("L0.N3", 1),
         ("a", "remove"): (NAME.format(0), 32),
         ("low", "remove"): (NAME.format(0), 32),
         ("mlp", "remove"): (down, 32),

@@ -67,7 +67,7 @@ def test_a_missing_layer_or_component_names_what_there_is(model):
 
 POSITIONS = st.one_of(
     st.none(),
-    st.sampled_from(["last", "generated"]),
+    st.sampled_from(["last", "generated", "last+generated"]),
     st.lists(st.integers(-9, 9), min_size=1, max_size=4),
     st.lists(st.lists(st.integers(-9, 9), min_size=1, max_size=3), min_size=2, max_size=2),
 )
@@ -288,6 +288,24 @@ def test_an_uncached_and_a_continued_generation_keep_the_prompt(model, inputs):
         expected = model(input_ids=longer).logits
     torch.testing.assert_close(first, expected[:, :6], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(by_hand, expected[:, 6:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_newest_position_of_every_step(model, inputs):
+    """`last+generated` edits each position once, when it is the newest; a loop by hand and the two halves say the same."""
+    value = torch.randn(32)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with intervene(model, Add("L1.resid_post", value, positions="last+generated")), torch.no_grad():
+        made = model.generate(**inputs, **settings)
+    halves = [Add("L1.resid_post", value, positions=name) for name in ("last", "generated")]
+    with intervene(model, halves), torch.no_grad():
+        assert torch.equal(model.generate(**inputs, **settings), made)
+    ids, cache, feed = inputs["input_ids"], None, inputs["input_ids"]
+    for _ in range(4):
+        with intervene(model, Add("L1.resid_post", value, positions=[ids.shape[1] - 1])), torch.no_grad():
+            output = model(input_ids=feed, past_key_values=cache, use_cache=True)
+        cache, feed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, feed], dim=1)
+    assert torch.equal(made, ids)
 
 
 # prefixes

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trocar.patch.ops.gate import Gate
     from trocar.patch.ops.low_rank import LowRank
     from trocar.patch.ops.remove import Remove
+    from trocar.patch.ops.scale import ScaleAt
     from trocar.patch.ops.sparse import SparseReplace
     from trocar.patch.ops.vector import AddVector
     from trocar.patch.patch import Applied, Patch
@@ -35,6 +36,7 @@ _HOMES = {
     "ops.gate": ("Gate",),
     "ops.low_rank": ("LowRank",),
     "ops.remove": ("Remove",),
+    "ops.scale": ("ScaleAt",),
     "ops.sparse": ("SparseReplace",),
     "ops.vector": ("AddVector",),
     "patch": ("Applied", "Patch"),
@@ -43,7 +45,7 @@ _HOMES = {
 }
 __all__ = [
     "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Overlap",
-    "Patch", "Remove", "SparseReplace", "Stack", "diff", "export", "merge_into", "read_header", "stack",
+    "Patch", "Remove", "ScaleAt", "SparseReplace", "Stack", "diff", "export", "merge_into", "read_header", "stack",
 ]  # fmt: skip
 
 __getattr__ = lazy(__name__, _HOMES)

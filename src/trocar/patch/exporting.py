@@ -11,8 +11,7 @@ from trocar.core.errors import ExportError, UnsupportedModelError
 from trocar.patch.actions import Target
 from trocar.patch.checkpoint import copy_others, match, new_folder, scan, skeleton
 from trocar.patch.lora import combined, write_folder
-from trocar.patch.merge import GATE_INSTEAD, bias_step, merge_into, wanted_fingerprints
-from trocar.patch.ops.vector import AddVector
+from trocar.patch.merge import GATE_INSTEAD, merge_into, wanted_fingerprints, written
 from trocar.patch.patch import Applied, Patch, check_base, check_structure
 from trocar.patch.removal import refuse_inexpressible
 
@@ -49,7 +48,7 @@ def export(
         write_folder(combined(patch, plan), target, name)
         return
     check_base(patch, plan, "full")
-    steps = [[bias_step(op, plan)] if isinstance(op, AddVector) else op.plan(plan) for op in patch.ops]
+    steps = [written(op, plan) for op in patch.ops]
     applied = Applied(patch, plan, steps).start()
     try:
         if any(op.Record.removes for op in patch.ops):

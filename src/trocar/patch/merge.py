@@ -31,6 +31,7 @@ from trocar.patch.checkpoint import (
 from trocar.patch.checkpoint import shards as shards_of
 from trocar.patch.checkpoint import skeleton as skeleton_of
 from trocar.patch.ops.remove import Remove, Surgery
+from trocar.patch.ops.scale import ScaleAt
 from trocar.patch.ops.vector import AddVector
 from trocar.patch.patch import Patch, check_structure, raw_bytes
 from trocar.patch.record import DTYPES, torch_dtype
@@ -110,10 +111,19 @@ def planned_writes(patch: Patch, target: Target) -> dict[str, list[Write]]:
     for op in patch.ops:
         if isinstance(op, Remove):
             continue
-        steps = [bias_step(op, target)] if isinstance(op, AddVector) else op.plan(target)
-        for step in steps:
+        for step in written(op, target):
             found.setdefault(target.first_name(step.place.name), []).append(step)
     return found
+
+
+def written(op: Any, target: Target) -> Any:
+    """The steps by which an operation becomes weights. Raises ExportError for one that acts only while the model runs."""
+    if isinstance(op, ScaleAt):
+        raise ExportError(
+            f"{op.record().where()} are scaled at positions {op.positions or 'all'} while the model runs.",
+            "Use Gate to scale them everywhere, in the weights, or ship the patch file itself.",
+        )
+    return [bias_step(op, target)] if isinstance(op, AddVector) else op.plan(target)
 
 
 def bias_of(op: AddVector, target: Target) -> tuple[str, str | None]:

@@ -176,7 +176,8 @@ def _reached(patch: Patch, target: Target) -> dict[str, list[Place]]:
             if isinstance(step, Write):
                 found.setdefault(target.first_name(step.place.name), []).append(step.place)
             elif isinstance(step, Attach):
-                found.setdefault(str(step.intervention.where), []).append(Place(str(step.intervention.where)))
+                for where in step.reach or (str(step.intervention.where),):
+                    found.setdefault(where, []).append(Place(where))
             elif isinstance(step, Removal):
                 for name, parameter in target.model.named_parameters():
                     if step.surgery.renamed(name) is None:

@@ -22,17 +22,19 @@ from trocar.core.errors import InterventionError
 
 Positions = str | int | Sequence[int] | Sequence[Sequence[int]] | None
 Columns = tuple[int, ...] | tuple[tuple[int, ...], ...]
-NAMED = ("last", "generated")
+NAMED = ("last", "generated", "last+generated")
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "hidden_states")
 
 
 def normal_positions(positions: Any) -> str | Columns | None:
-    """Positions in their one hashable form: None (all), "last", "generated", a tuple of ints, or a tuple of such tuples (one per row)."""
+    """Positions in their one hashable form: None (all), a name of NAMED, a tuple of ints, or a tuple of such tuples (one per row)."""
     if positions is None or positions == "all":
         return None
     if isinstance(positions, str):
         if positions not in NAMED:
-            raise InterventionError(f"positions='{positions}' has no meaning.", "Use 'all', 'last', 'generated', or integers.")
+            raise InterventionError(
+                f"positions='{positions}' has no meaning.", "Use 'all', 'last', 'generated', 'last+generated', or integers."
+            )
         return positions
     if isinstance(positions, torch.Tensor):
         positions = positions.tolist()
@@ -87,11 +89,10 @@ class Frame:
 
     def columns(self, row: int, positions: str | tuple[int, ...]) -> list[tuple[int, int | str, int]]:
         """Computed (index, position as it was written, its number in the list) for one input row."""
-        if positions == "generated":
-            return [(index, "generated", 0) for index in range(max(0, self.prompt - self.offset), self.length)]
-        if isinstance(positions, str):  # "last"
-            index = self.column(row, -1)
-            return [] if index is None else [(index, positions, 0)]
+        if isinstance(positions, str):
+            last = self.column(row, -1) if positions != "generated" else None
+            new = range(max(0, self.prompt - self.offset), self.length) if positions != "last" else ()
+            return [(index, positions, 0) for index in (*(() if last is None else (last,)), *new)]
         found = ((self.column(row, position), position, number) for number, position in enumerate(positions))
         return [(index, position, number) for index, position, number in found if index is not None]
 

@@ -30,8 +30,8 @@ class Intervention:
     (heads, head_size) at `heads`, (head_size,) for one head, none for one neuron; any of them may be 1. One dimension before them is the
     row, two are row and position: position k of `positions`, or column k if `positions` is left out.
     positions: None (every position, generated ones included), "last" (each row's last attended position of the prompt), "generated"
-    (what comes after the prompt), or integers: columns of the padded input, negative ones from the row's last attended column; or one
-    list of integers per row.
+    (what comes after the prompt), "last+generated" (the newest position of every step of cached generation), or integers: columns of the
+    padded input, negative ones from the row's last attended column; or one list of integers per row.
     rows: the input rows it acts on, all by default. Rows that `generate` makes of one input row (beams) count as that row.
     """
 

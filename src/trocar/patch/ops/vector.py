@@ -18,7 +18,22 @@ if TYPE_CHECKING:
     import torch
 
 Position = Annotated[int, pydantic.Field(ge=-(2**31), le=2**31)]
-NAMED = ("last", "generated")
+Positions = Literal["last", "generated", "last+generated"] | tuple[Position, ...] | None
+
+
+def valid_positions(value: Any) -> Any:
+    """Pydantic helper: positions are a name, None, or sorted and unique."""
+    if isinstance(value, tuple):
+        if not value:
+            raise ValueError("positions are empty")
+        return sorted_unique(value, "positions")
+    return value
+
+
+def own_positions(op: Any) -> None:
+    """An operation's positions, sorted and as a tuple."""
+    if op.positions is not None and not isinstance(op.positions, str):
+        own(op, "positions", tuple(sorted({int(position) for position in op.positions})))
 
 
 class VectorRecord(Record):
@@ -26,16 +41,12 @@ class VectorRecord(Record):
     point: PointName
     size: Size
     dtype: Float
-    positions: Literal["last", "generated"] | tuple[Position, ...] | None
+    positions: Positions
 
     @pydantic.field_validator("positions")
     @classmethod
     def _sorted(cls, value: Any) -> Any:
-        if isinstance(value, tuple):
-            if not value:
-                raise ValueError("positions are empty")
-            return sorted_unique(value, "positions")
-        return value
+        return valid_positions(value)
 
     def specs(self) -> dict[str, Spec]:
         return {"vector": Spec(self.dtype, (self.size,))}
@@ -52,8 +63,8 @@ class AddVector:
     """Add a vector to what flows through a point, in every forward pass and in generation, for as long as the patch is applied.
 
     point: a `trocar.trace.Point` or its name, `L5.resid_post`. vector: (features,) there: the width, or heads x head size at `heads`
-    (flattened), or neurons at `neurons`; rounded to the model's dtype when it is applied. positions: None (all), "last", "generated"
-    or integers, as in `trocar.trace.Add`. Raises PatchFormatError; `apply` raises ComponentError, PatchBaseError.
+    (flattened), or neurons at `neurons`; rounded to the model's dtype when it is applied. positions: None (all), "last", "generated",
+    "last+generated" or integers, as in `trocar.trace.Add`. Raises PatchFormatError; `apply` raises ComponentError, PatchBaseError.
     """
 
     point: Any
@@ -66,8 +77,7 @@ class AddVector:
     def __post_init__(self) -> None:
         own(self, "point", str(self.point))
         own(self, "vector", self.vector.detach().cpu().clone().contiguous())
-        if self.positions is not None and not isinstance(self.positions, str):
-            own(self, "positions", tuple(sorted({int(position) for position in self.positions})))
+        own_positions(self)
         if self.vector.dim() != 1:
             raise PatchFormatError(f"add-vector at {self.point}: a vector has one dimension, not {tuple(self.vector.shape)}.")
         self.record()
@@ -134,17 +144,19 @@ class Attach:
     target: Target
     intervention: Any
     value: torch.Tensor
+    reach: tuple[str, ...] = ()  # the components it acts on, where that is less than the point
     context: Any = field(default=None, init=False)
 
     def do(self) -> Effect:
         import torch
 
-        from trocar.trace import intervene
+        from trocar.trace import Scale, intervene
 
         self.context = intervene(self.target.anatomy, [self.intervention])
         self.context.__enter__()
-        norm = float(torch.linalg.vector_norm(self.value.float(), dtype=torch.float64))
-        return Effect(changed=int((self.value != 0).sum()), norm=norm if norm < float("inf") else None)
+        change = self.value - 1 if isinstance(self.intervention, Scale) else self.value
+        norm = float(torch.linalg.vector_norm(change.float(), dtype=torch.float64))
+        return Effect(changed=int((change != 0).sum()), norm=norm if norm < float("inf") else None)
 
     def undo(self) -> None:
         if self.context is None:
