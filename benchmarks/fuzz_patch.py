@@ -36,7 +36,8 @@ NASTY: list[Any] = [
     None, True, False, 0, -1, 1, 2, 255, 2**31, 2**31 - 1, 2**48 + 1, 2**63, -(2**63), 2**64, 0.0, -0.0, 1e308, 5e-324, "", "x", "L0",
     "L0.H0", "NaN",
     "../../etc/passwd", "/dev/zero", "os.system", "__class__", "\u0000", "\ud800", "é" * 300, "A" * 5000, [], {}, [[]], [None], {"": {}},
-    "sparse-replace", "low-rank", "gate", "scale-at", "add-vector", "remove", "adapter", "F32", "BF16", "BOOL", "I64", "whole", "rows", "cols", "flat",
+    "sparse-replace", "low-rank", "gate", "scale-at", "add-vector", "remove", "adapter",
+    "F32", "BF16", "BOOL", "I64", "whole", "rows", "cols", "flat",
 ]  # fmt: skip
 
 

@@ -367,6 +367,8 @@ JSON = st.recursive(
     max_leaves=8,
 )
 
+POSITIONS = st.sampled_from([None, "last", "generated", "last+generated", [0, 2]])
+
 
 @st.composite
 def any_op(draw):
@@ -385,13 +387,9 @@ def any_op(draw):
     if kind == "gate":
         return Gate({f"L{layer}.H{layer}": float(layer) for layer in range(rows)})
     if kind == "scale":
-        return ScaleAt(
-            {f"L{layer}.N{layer}": float(layer) for layer in range(rows)}, draw(st.sampled_from([None, "last+generated", [0, 2]]))
-        )
+        return ScaleAt({f"L{layer}.N{layer}": float(layer) for layer in range(rows)}, draw(POSITIONS))
     if kind == "vector":
-        return AddVector(
-            f"L{rows}.resid_post", values(columns), draw(st.sampled_from([None, "last", "generated", "last+generated", [0, 2]]))
-        )
+        return AddVector(f"L{rows}.resid_post", values(columns), draw(POSITIONS))
     if kind == "adapter":
         return Adapter({f"{name}{n}": Factors(values(1, columns), values(rows, 1), draw(st.floats(-9, 9))) for n in range(3)})
     if kind == "whole":

@@ -32,9 +32,7 @@ def normal_positions(positions: Any) -> str | Columns | None:
         return None
     if isinstance(positions, str):
         if positions not in NAMED:
-            raise InterventionError(
-                f"positions='{positions}' has no meaning.", "Use 'all', 'last', 'generated', 'last+generated', or integers."
-            )
+            raise InterventionError(f"positions='{positions}' has no meaning.", f"Use 'all', {', '.join(map(repr, NAMED))}, or integers.")
         return positions
     if isinstance(positions, torch.Tensor):
         positions = positions.tolist()
