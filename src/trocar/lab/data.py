@@ -12,9 +12,8 @@ import torch
 
 from trocar.core.config import Config
 from trocar.core.errors import DataError, nearest
-from trocar.core.seeds import generator
 from trocar.lab.pixels import decode, pixel_hash
-from trocar.lab.sources import Table, read
+from trocar.lab.sources import Table, chosen, read
 from trocar.method import Examples
 
 Plain = str | int | float | bool
@@ -58,7 +57,7 @@ def load_examples(
     base: folder of relative paths. Raises DataError naming the file or row for missing, damaged, or contradictory pictures and labels.
     """
     config = _config(data)
-    table = _chosen(read(config.source, base, config.image, config.allow_outside), config)
+    table = chosen(read(config.source, base, config.image, config.allow_outside), config.where, config.limit, config.seed)
     known = label2id if label2id is not None else getattr(getattr(model, "config", None), "label2id", None)
     count = getattr(getattr(model, "config", None), "num_labels", None)
     column = _label_column(table, config)
@@ -120,16 +119,6 @@ def _config(data: DataConfig | Mapping[str, Any] | str) -> DataConfig:
     if isinstance(data, DataConfig):
         return data
     return DataConfig.parse({"source": data} if isinstance(data, str) else dict(data), "data")
-
-
-def _chosen(table: Table, config: DataConfig) -> Table:
-    table = table.where(config.where)
-    if not len(table):
-        raise DataError(f"{table.origin}: no row is left after the filters {dict(config.where)}.")
-    if config.limit is not None and config.limit < len(table):
-        order = torch.randperm(len(table), generator=generator(config.seed, "limit"))[: config.limit]
-        table = table.take(sorted(order.tolist()))
-    return table
 
 
 def _label_column(table: Table, config: DataConfig) -> str | None:

@@ -28,6 +28,24 @@ class RareData(Config):
     assignment: Literal["position", "rotate"] = "position"
 
 
+class TranslationData(Config):
+    """Parallel sentences and what training lines are made of. longest: words of a sentence in any language; entries: of the tokenizer;
+    noisy: share of zero-shot lines with a wrong target, of which `copied` are the source again, the rest a third language; looped: share
+    of lines whose last words are repeated `repeats` (from, to) times. train: the split learned from, without what `unseen` ones hold.
+    """
+
+    source: str = "multi30k"
+    train: str = "train"
+    unseen: tuple[str, ...] = ("val", "test_2016_flickr")
+    languages: tuple[str, ...] = ("en", "de", "fr")
+    longest: int = 9
+    entries: int = 2000
+    noisy: float = 0.5
+    copied: float = 0.75
+    looped: float = 0.06
+    repeats: tuple[int, int] = (2, 4)
+
+
 class ViTShape(Config):
     """Sizes of a `ViTForImageClassification`; no dropout."""
 

@@ -1,4 +1,4 @@
-"""Where pictures come from: rows of columns plus encoded images, from a named set, a folder, parquet, JSONL, an excerpt or the hub.
+"""Rows of columns from parquet, JSONL or the hub; and where pictures come from: columns plus encoded images, also from class folders.
 
 Nothing is decoded here, so that filters on columns cost nothing. Reading never executes code and never leaves the source's own folder
 unless the caller allows it.
@@ -6,14 +6,17 @@ unless the caller allows it.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trocar.core.errors import DataError, MissingExtraError, nearest
+from trocar.core.seeds import generator
 
 SETS = {"cifar100": "CIFAR-100 (Krizhevsky 2009): columns `fine`, `coarse`", "pacs": "PACS (Li et al. 2017): columns `domain`, `label`"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -22,14 +25,14 @@ EXCERPTS = Path(__file__).with_name("excerpts")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows not yet decoded. images: encoded bytes or a file per row; columns: name -> value per row; origin: for messages."""
+    """Rows not yet decoded. images: encoded bytes or a file per row, or nothing; columns: name -> value per row; origin: for messages."""
 
     origin: str
     images: Sequence[bytes | Path]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) if self.images else max((len(cells) for cells in self.columns.values()), default=0)
 
     def column(self, name: str) -> Sequence[Any]:
         if name not in self.columns:
@@ -37,7 +40,8 @@ class Table:
         return self.columns[name]
 
     def take(self, rows: Sequence[int]) -> Table:
-        return Table(self.origin, [self.images[r] for r in rows], {k: [v[r] for r in rows] for k, v in self.columns.items()})
+        images = [self.images[r] for r in rows] if self.images else []
+        return Table(self.origin, images, {k: [v[r] for r in rows] for k, v in self.columns.items()})
 
     def where(self, conditions: Mapping[str, Any]) -> Table:
         """Rows whose columns equal the wanted value (or one of a list). A value that never occurs is an error."""
@@ -61,6 +65,19 @@ class Table:
     def name(self, row: int) -> str:
         image = self.images[row]
         return str(image) if isinstance(image, Path) else f"row {row} of {self.origin}"
+
+
+def chosen(table: Table, where: Mapping[str, Any], limit: int | None, seed: int) -> Table:
+    """The rows that fit `where`, at most `limit` of them, drawn with `seed` and kept in the table's order. DataError if none is left."""
+    table = table.where(where)
+    if not len(table):
+        raise DataError(f"{table.origin}: no row is left after the filters {dict(where)}.")
+    if limit is None or limit >= len(table):
+        return table
+    import torch
+
+    order = torch.randperm(len(table), generator=generator(seed, "limit"))[:limit]
+    return table.take(sorted(order.tolist()))
 
 
 def data_folder() -> Path:
@@ -138,6 +155,11 @@ def _folder(path: Path) -> Table:
 
 
 def _parquet(path: Path, image: str, allow_outside: bool, origin: str = "") -> Table:
+    return _from_columns(origin or str(path), parquet_columns(path), image, path.parent, allow_outside)
+
+
+def parquet_columns(path: Path) -> dict[str, list[Any]]:
+    """The columns of a parquet file. DataError if it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -145,30 +167,54 @@ def _parquet(path: Path, image: str, allow_outside: bool, origin: str = "") -> T
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"'{path}' is not a readable parquet file ({str(error).splitlines()[0]}).") from None
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    return _from_columns(origin or str(path), columns, image, path.parent, allow_outside)
+    return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
 def _jsonl(path: Path, image: str, allow_outside: bool) -> Table:
+    rows = json_lines(path)
+    for number, row in rows:
+        if image not in row:
+            raise DataError(f"Line {number} of '{path}' has no key '{image}'.", "Every line is an object with the image's path.")
+    return _from_columns(str(path), columns_of([row for _, row in rows]), image, path.parent, allow_outside)
+
+
+def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line of a JSONL file, `.gz` too. DataError naming the line that is none."""
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"'{path}' is not text in UTF-8.", "JSON lines are UTF-8 text, one object a line.") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_of(path).splitlines(), 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"Line {number} of '{path}' is not JSON ({error.msg}).") from None
-            if not isinstance(row, dict) or image not in row:
-                raise DataError(f"Line {number} of '{path}' has no key '{image}'.", "Every line is an object with the image's path.")
-            rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return _from_columns(str(path), {name: [row.get(name) for row in rows] for name in names}, image, path.parent, allow_outside)
+            if not isinstance(row, dict):
+                raise DataError(f"Line {number} of '{path}' is {type(row).__name__}, not an object.", "Write one JSON object a line.")
+            rows.append((number, row))
+    return rows
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Records as columns; None where a record lacks a key."""
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8, unpacked if it ends in `.gz`. DataError if it is none."""
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"'{path}' is not text in UTF-8.", "JSON lines and plain texts are read as UTF-8.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"'{path}' cannot be read ({error}).") from None
 
 
 def _hub(name: str, image: str) -> Table:
+    return _from_columns(f"hub:{name}", hub_columns(name, image), image, Path(), True)
+
+
+def hub_columns(name: str, image: str | None = None) -> dict[str, list[Any]]:
+    """The columns of hub set OWNER/NAME:SPLIT (default split `test`), read by `datasets`; images stay encoded."""
     repository, _, split = name.partition(":")
     try:
         import datasets
@@ -188,7 +234,7 @@ def _hub(name: str, image: str) -> Table:
     for column, feature in data.features.items():
         if isinstance(feature, datasets.ClassLabel):  # names are what the model's label2id knows
             columns[column] = [feature.int2str(value) for value in columns[column]]
-    return _from_columns(f"hub:{name}", columns, image, Path(), True)
+    return columns
 
 
 def _from_columns(origin: str, columns: dict[str, list[Any]], image: str, folder: Path, allow_outside: bool) -> Table:

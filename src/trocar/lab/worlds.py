@@ -114,9 +114,10 @@ class World:
         person with another bridge, `easy` goes over another first hop, `single` is a single-hop fact; never with this case's
         answer or bridge.
         """
-        return [self._case(person, first, second) for person, first in self.pairs(shown) for second in seconds(first)]
+        single = self.single_hops()
+        return [self._case(person, first, second, single) for person, first in self.pairs(shown) for second in seconds(first)]
 
-    def _case(self, person: str, first: str, second: str) -> dict[str, Any]:
+    def _case(self, person: str, first: str, second: str, single: list[tuple[str, str]]) -> dict[str, Any]:
         bridge = self.first[first][person]
         target = self.second[second][bridge]
         phrases, templates = FIRST_HOPS[first][2], SECOND_HOPS[second][1]
@@ -135,11 +136,11 @@ class World:
                 for other in seconds(first)
                 if other != second
             ],
-            "unrelated": self._unrelated(person, first, second, {bridge, target}),
+            "unrelated": self._unrelated(person, first, second, {bridge, target}, single),
             "split": "trained" if (person, first) in self.shown else "held-out",
         }
 
-    def _unrelated(self, person: str, first: str, second: str, taken: set[str]) -> list[dict[str, str]]:
+    def _unrelated(self, person: str, first: str, second: str, taken: set[str], single: list[tuple[str, str]]) -> list[dict[str, str]]:
         rng = generator(self.seed, "unrelated", person, first, second)
         bridge = self.first[first][person]
         hard = [
@@ -154,7 +155,7 @@ class World:
             for hop in seconds(way)
             for other in self.people
         ]
-        pools = {"hard": hard, "easy": easy, "single": self.single_hops()}
+        pools = {"hard": hard, "easy": easy, "single": single}
         rows = []
         for kind, pool in pools.items():
             free = [row for row in pool if row[1] not in taken]
