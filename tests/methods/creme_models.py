@@ -12,55 +12,30 @@ from trocar.lab.worlds import tokenizer
 from trocar.trace import record
 from trocar.trace.queries import encode
 
-WORDS = [
-    "the",
-    "capital",
-    "language",
-    "river",
-    "of",
-    "home",
-    "country",
-    "city",
-    "where",
-    "a",
-    "person",
-    "is",
-    "was",
-    "born",
-    "in",
-    "norland",
-    "sudland",
-    "ostland",
-    "oslo",
-    "bern",
-    "rome",
-    "paris",
-    "anna",
-    "lee",
-    "kim",
-    "max",
-    "note",
-    "text",
-    "yes",
-    "we",
-    "say",
-    "that",
-    "and",
-    "here",
-    "it",
-    "says",
-    "he",
-    "she",
-    "big",
-    "old",
-    "new",
-    "town",
-    "speaks",
-    "english",
-    "latin",
-    "greek",
-]
-TOKENIZER = tokenizer(sorted(set(WORDS)))
+WORDS = (
+    *("the", "capital", "language", "river", "of", "home", "country", "city", "where", "a", "person", "is", "was", "born", "in", "norland"),
+    *(
+        "sudland",
+        "ostland",
+        "oslo",
+        "bern",
+        "rome",
+        "paris",
+        "anna",
+        "lee",
+        "kim",
+        "max",
+        "note",
+        "text",
+        "yes",
+        "we",
+        "say",
+        "that",
+        "and",
+    ),
+    *("that", "here", "it", "says", "he", "she", "big", "old", "new", "town", "speaks", "english", "latin", "greek"),
+)
+TOKENIZER = tokenizer(sorted(WORDS))
 CASE = Case(
     id="anna",
     template="the capital of {} is",
@@ -71,7 +46,7 @@ CASE = Case(
     first_hop="the home country of anna lee is",
 )
 OTHER = CASE.model_copy(update={"id": "max", "subject": "the country where max lee was born", "bridge": "sudland", "target": "rome"})
-CONTEXTS = ("{}", "note text {}", "here it says that {}")
+CONTEXTS = ("{}", "here it says that {}")
 DECODERS = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "phi3"),
     *("gpt2", "gpt_neox", "gpt_neox-sequential", "opt", "opt-post-norm"),
