@@ -13,27 +13,9 @@ from trocar.trace import record
 from trocar.trace.queries import encode
 
 WORDS = (
-    *("the", "capital", "language", "river", "of", "home", "country", "city", "where", "a", "person", "is", "was", "born", "in", "norland"),
-    *(
-        "sudland",
-        "ostland",
-        "oslo",
-        "bern",
-        "rome",
-        "paris",
-        "anna",
-        "lee",
-        "kim",
-        "max",
-        "note",
-        "text",
-        "yes",
-        "we",
-        "say",
-        "that",
-        "and",
-    ),
-    *("that", "here", "it", "says", "he", "she", "big", "old", "new", "town", "speaks", "english", "latin", "greek"),
+    *("the", "capital", "language", "river", "of", "home", "country", "city", "where", "a", "person", "is", "was", "born", "in"),
+    *("norland", "sudland", "ostland", "oslo", "bern", "rome", "paris", "anna", "lee", "kim", "max", "note", "text", "yes", "we"),
+    *("say", "that", "and", "here", "it", "says", "he", "she", "big", "old", "new", "town", "speaks", "english", "latin", "greek"),
 )
 TOKENIZER = tokenizer(sorted(WORDS))
 CASE = Case(
