@@ -54,7 +54,7 @@ def last_heads(model: Any, prompts: Prompts, batch_size: int = 32) -> HeadValues
     heads, a list of one tensor a layer; `[layer]` means the same in both. As `values` of `head_effects` on equally many prompts they patch
     every prompt's heads with those of another run.
     """
-    anatomy = _decoder(model)
+    anatomy = decoder(model)
     kept: list[torch.Tensor | None] = [None] * anatomy.tower().n_layers
     total = _number(prompts)
     for rows, layers in _recorded(anatomy, prompts, batch_size):
@@ -73,7 +73,7 @@ def mean_heads(model: Any, prompts: Prompts, batch_size: int = 32) -> HeadValues
     """
     sums: list[torch.Tensor] = []
     dtype = torch.float32
-    for _, layers in _recorded(_decoder(model), prompts, batch_size):
+    for _, layers in _recorded(decoder(model), prompts, batch_size):
         part = [found.to("cpu", torch.float64).sum(0) for found in layers]  # not every accelerator has double precision
         sums = part if not sums else [a + b for a, b in zip(sums, part, strict=True)]
         dtype, device = layers[0].dtype, layers[0].device
@@ -103,15 +103,14 @@ def head_effects(
 
     Raises DataError for prompts, tokens or values that do not fit, and ComponentError for a head that the model does not have.
     """
-    anatomy = _decoder(model)
+    anatomy = decoder(model)
     asked = asked_of(anatomy, prompts, tokens)
     chosen = _chosen(anatomy, heads)
     layers = _fitting(anatomy, values, len(asked))
     where: Any = "last" if asked.read == "last" else asked.end()
     change = _operation(operation)
     sets: list[list[Intervention]] = [[]]  # the unchanged model comes first
-    for head in chosen:
-        sets.append([change(head, layers if isinstance(layers, float) else layers[head.layer][..., head.index, :], where)])
+    sets += [[change(head, _of_head(layers, head), where)] for head in chosen]
     scores = sweep(anatomy, asked.inputs, sets, asked.metric, batch_size=batch_size, read=asked.read, tell=tell)
     found = scores.double().numpy()
     how = _how(anatomy, "head effects", operation, asked) if how is None else how
@@ -133,7 +132,7 @@ def head_estimates(
 
     Arguments as for `head_effects`. Good for ranking many heads before the best are evaluated exactly; not exact where a change is large.
     """
-    anatomy = _decoder(model)
+    anatomy = decoder(model)
     asked = asked_of(anatomy, prompts, tokens)
     chosen = _chosen(anatomy, heads)
     layers = _fitting(anatomy, values, len(asked))
@@ -156,7 +155,7 @@ def head_estimates(
         before[rows] = answers.detach().double().cpu().numpy()
         for place, head in enumerate(chosen):
             now = seen[points[head.layer]][:, 0, head.index].detach()
-            value = layers if isinstance(layers, float) else layers[head.layer][..., head.index, :]
+            value = _of_head(layers, head)
             value = value[rows.to(value.device)] if isinstance(value, torch.Tensor) and value.ndim == 2 else value
             change = {"replace": value - now, "add": value + torch.zeros_like(now), "scale": (value - 1) * now}[operation]
             effects[rows, place] = (change * slopes[head.layer][:, head.index]).double().sum(-1).cpu().numpy()
@@ -203,7 +202,7 @@ def prepared(anatomy: Anatomy, inputs: Mapping[str, Any], read: str) -> dict[str
     return full
 
 
-class gradients:  # noqa: N801 - used like a function
+class gradients:
     """Inside, gradients are computed whatever the caller has switched off, and the model is known to allow it."""
 
     def __init__(self, anatomy: Anatomy) -> None:
@@ -227,7 +226,7 @@ class gradients:  # noqa: N801 - used like a function
 # -- parts ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _decoder(model: Any) -> Anatomy:
+def decoder(model: Any) -> Anatomy:
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
     if not anatomy.tower().causal or anatomy.model.get_output_embeddings() is None:
         raise DataError(f"{type(anatomy.model).__name__} does not predict next tokens.", "Use a causal language model.")
@@ -292,6 +291,11 @@ def _fitting(anatomy: Anatomy, values: HeadValues | float, rows: int) -> list[to
         )
     like = next(parameter for parameter in anatomy.model.parameters() if parameter.is_floating_point())
     return [layer.detach().to(like.device, like.dtype) for layer in values]
+
+
+def _of_head(layers: list[torch.Tensor] | float, head: Head) -> torch.Tensor | float:
+    """(head_size,), (rows, head_size), or the number."""
+    return layers[head.layer][..., head.index, :] if isinstance(layers, list) else layers
 
 
 def _how(anatomy: Anatomy, method: str, operation: str, asked: Asked) -> How:
