@@ -51,10 +51,11 @@ def check_kinds(kinds: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
 
 def after_phrase(tokenizer: Any, prompt: str, phrase: str) -> int:
     """How many tokens of the prompt follow the last token of `phrase` (its last occurrence). Raises DataError if it is not in there."""
-    start = prompt.rfind(phrase) if phrase.strip() else -1
+    phrase = phrase.strip()
+    start = prompt.rfind(phrase) if phrase else -1
     if start < 0:
         raise DataError(f"The prompt {prompt!r} does not contain {phrase!r}.", "Give the noun phrase as it stands in the prompt.")
-    whole, upto = prompt_tokens(tokenizer, prompt), prompt_tokens(tokenizer, prompt[: start + len(phrase.rstrip())])
+    whole, upto = prompt_tokens(tokenizer, prompt), prompt_tokens(tokenizer, prompt[: start + len(phrase)])
     same = next((place for place, pair in enumerate(zip(whole, upto, strict=False)) if pair[0] != pair[1]), min(len(whole), len(upto)))
     last = same - 1 if same == len(upto) else same  # else the tokenizer joins the phrase's end with what follows
     return len(whole) - 1 - last
@@ -74,6 +75,13 @@ def backs(tokenizer: Any, prompts: Sequence[str], position: Position, subjects: 
         if len(prompt_tokens(tokenizer, prompt)) < -position:
             raise DataError(f"The prompt {prompt!r} has no position {position}.", "It has fewer tokens.")
     return [-position - 1] * len(prompts)
+
+
+def batches(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` of `count` rows."""
+    if size < 1:
+        raise DataError(f"batch_size={size} is not a number of rows.", "Use 1 or more.")
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def ends_at(asked: Asked, back: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -119,8 +127,7 @@ def observe(
 ) -> Run:
     """Run prompts (with their answers, which come later and change nothing before them) and keep what flows at one position of each."""
     parts: list[dict[str, torch.Tensor]] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
+    for rows in batches(len(prompts), batch_size):
         asked = ask(anatomy, tokenizer, prompts[rows], answers[rows], mode)
         with record(anatomy, points, positions=ends_at(asked, back[rows])) as seen:
             output = anatomy.model(**run_inputs(anatomy, asked), use_cache=False)

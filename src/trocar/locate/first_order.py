@@ -19,6 +19,7 @@ from trocar.locate.cases import (
     POINTS,
     Position,
     backs,
+    batches,
     check_kinds,
     check_pairs,
     ends_at,
@@ -92,8 +93,7 @@ def first_order_effects(
     warn_of_sources(source, sources, answers)
     clean: list[torch.Tensor] = []
     parts: dict[Point, list[torch.Tensor]] = {point: [] for point in points}
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
+    for rows in batches(len(prompts), batch_size):
         asked = ask(anatomy, tokenizer, prompts[rows], answers[rows], mode)
         with frozen(anatomy.model), torch.enable_grad(), record(anatomy, points, positions=ends_at(asked, back[rows]), grad=True) as seen:
             scores = asked.metric(anatomy.model(**run_inputs(anatomy, asked), use_cache=False), torch.arange(len(asked)))

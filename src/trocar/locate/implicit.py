@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from trocar.anatomy import Anatomy, Tower, base_layer
+from trocar.anatomy import Anatomy, Tower
+from trocar.anatomy.linear import base_layer
 from trocar.core.errors import DataError, UnsupportedModelError
 from trocar.core.seeds import generator
 from trocar.locate.cases import ends_at, interval, language_tower, name_in, observe, run_inputs, told

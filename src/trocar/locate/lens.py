@@ -17,7 +17,7 @@ import torch
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.core.errors import DataError
-from trocar.locate.cases import Position, backs, ends_at, interval, language_tower, name_in, told
+from trocar.locate.cases import Position, backs, batches, ends_at, interval, language_tower, name_in, told
 from trocar.locate.scores import How, Scores
 from trocar.trace import Point, record
 from trocar.trace.calls import override
@@ -148,13 +148,12 @@ def logit_lens(
     found: dict[str, list[torch.Tensor]] = {name: [] for name in answers}
     first = next(iter(answers))
     with torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
+        for rows in batches(len(prompts), batch_size):
             part = ask(anatomy, tokenizer, prompts[rows], answers[first][rows], mode)
             with record(anatomy, points, positions=ends_at(part, back[rows])) as seen:
                 anatomy.model(**part.inputs, use_cache=False)
             states = torch.stack([seen[point][:, 0] for point in points], 1)  # (rows, L + 1, width)
-            for name, readings in _read(anatomy, states, asked, start, normalize, batch_size).items():
+            for name, readings in _read(anatomy, states, asked, rows.start, normalize, batch_size).items():
                 found[name].append(readings)
     curves = {name: torch.cat(parts).numpy() for name, parts in found.items()}
     how = told(
