@@ -58,7 +58,8 @@ class Figure:
     """A figure as data: the report draws it, its rows are the CSV beside it.
 
     kind: `heatmap` (x, y, value), `curve` (x, y, series; optional columns low, high), `bars` (x, y; optional series, low, high),
-    `points` (x, y, series; optional label). rows: one mapping per row, every row with the same keys.
+    `points` (x, y, series; optional label), `table` (every column as it is; x and y name two of them). rows: one mapping per row, every
+    row with the same keys.
     """
 
     id: str

@@ -81,7 +81,7 @@ class FigureInfo(Config):
 
     id: str
     title: str
-    kind: Literal["heatmap", "curve", "bars", "points"]
+    kind: Literal["heatmap", "curve", "bars", "points", "table"]
     x: str
     y: str
     value: str | None = None
@@ -105,6 +105,16 @@ class GalleryInfo(Config):
     title: str
     caption: str = ""
     items: tuple[Picture, ...]
+
+
+class TranscriptInfo(Config):
+    """`trocar.method.Transcript`. csv: one row a prompt: prompt, truth, before, after, mark_before, mark_after, and right_before,
+    right_after (`yes`, `no`, or empty where nothing says what is right)."""
+
+    id: str
+    title: str
+    caption: str = ""
+    csv: str
 
 
 class PatchInfo(Config):
@@ -134,6 +144,7 @@ class Result(Config):
     log: dict[str, Any] = pydantic.Field(default_factory=dict)
     figures: tuple[FigureInfo, ...] = ()
     galleries: tuple[GalleryInfo, ...] = ()
+    transcripts: tuple[TranscriptInfo, ...] = ()
     patch: PatchInfo | None = None
     scores: tuple[ScoresInfo, ...] = ()
 
@@ -157,8 +168,8 @@ def check_infos(verdict: Verdict) -> tuple[CheckInfo, ...]:
 
 
 def write_result(folder: str | Path, result: Result) -> None:
-    """Write `result.json`, atomically, the same bytes for the same result."""
-    write_json(Path(folder) / FILE, result.model_dump(mode="json"))
+    """Write `result.json`, atomically, the same bytes for the same result. Without texts it is what every reader of format 1 knows."""
+    write_json(Path(folder) / FILE, result.model_dump(mode="json", exclude=None if result.transcripts else {"transcripts"}))
 
 
 def read_result(folder: str | Path) -> Result:

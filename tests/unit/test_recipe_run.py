@@ -17,7 +17,7 @@ from trocar.core.workspace import Workspace
 from trocar.patch import Patch
 from trocar.recipe import Recipe, load_model, load_recipe, parse_recipe, run
 from trocar.recipe.registry import METHODS, Entry
-from trocar.recipe.verify import verify
+from trocar.recipe.verify import probes, verify
 from trocar.result import read_result
 
 RECIPE: dict[str, Any] = {
@@ -220,9 +220,10 @@ def test_a_patch_is_held_to_its_word() -> None:
 
     data = load_roles({"edit": RoleSource(source="lab:cifar-rare", limit=2)}, model, BaseOutputs("unused"), Path())
     base = fingerprint(model)
+    inputs = probes(data, {}, "pictures")
     idle: Any = SimpleNamespace(apply=lambda model: SimpleNamespace(revert=lambda: None))
     with pytest.raises(EditError, match="changes no output"):
-        verify(model, idle, data, base)
+        verify(model, idle, inputs, base)
 
     def break_it(model: Any) -> Any:
         with torch.no_grad():
@@ -241,12 +242,12 @@ def test_a_patch_is_held_to_its_word() -> None:
         return SimpleNamespace(revert=revert)
 
     with pytest.raises(EditError, match=r"gives NaN on data\.edit"):
-        verify(model, cast(Any, SimpleNamespace(apply=spoil)), data, base)
+        verify(model, cast(Any, SimpleNamespace(apply=spoil)), inputs, base)
     assert fingerprint(model) == base
 
     one_way: Any = SimpleNamespace(apply=break_it)
     with pytest.raises(EditError, match="Reverting the patch gave"):
-        verify(model, one_way, data, base)
+        verify(model, one_way, inputs, base)
 
 
 def test_a_dry_run_predicts_and_writes_nothing(tmp_path: Path) -> None:

@@ -73,7 +73,10 @@ def outputs(model: torch.nn.Module, examples: Examples, batch_size: int = 64) ->
 
 
 def data_digest(examples: Examples) -> str:
-    """A digest of what a model sees of examples: names, dtypes, shapes and bytes of all inputs, in row order."""
+    """A digest of what a model sees of examples: names, dtypes, shapes and bytes of all inputs, in row order; of texts, which have no
+    inputs yet, the digest of ids and columns."""
+    if not examples.inputs:
+        return hashlib.blake2b(json.dumps([list(examples.ids), *_texts(examples)], default=str).encode(), digest_size=16).hexdigest()
     parts = [f"{name}:{tensor_fingerprint(value)}" for name, value in sorted(examples.inputs.items())]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
@@ -153,8 +156,15 @@ def refuse_overlap(locality: Examples, edited: Examples, what: str = "The locali
             raise DataError(f"{what} holds '{name}', whose content equals the edited '{known[digest]}'.", "Choose unrelated examples.")
 
 
+def _texts(examples: Examples) -> list[list[tuple[str, Any]]]:
+    """The columns of every row of texts, in the order of their names."""
+    return [[(name, examples.fields[name][row]) for name in sorted(examples.fields)] for row in range(len(examples))]
+
+
 def _row_digests(examples: Examples) -> Sequence[str]:
-    """One digest a row: of the picture if there are pictures of all rows, else of the model's inputs."""
+    """One digest a row: of the picture if there are pictures of all rows, else of the model's inputs, or of a text's columns."""
+    if not examples.inputs:
+        return [hashlib.blake2b(json.dumps(row, default=str).encode(), digest_size=16).hexdigest() for row in _texts(examples)]
     if examples.pictures is not None:
         return [hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in examples.pictures]
     names: list[Any] = sorted(examples.inputs)

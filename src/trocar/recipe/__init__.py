@@ -9,13 +9,13 @@ from trocar.core.lazy import lazy
 
 if TYPE_CHECKING:
     from trocar.recipe.engine import Forecast, RunResult, forecast, run
-    from trocar.recipe.models import find_model, load_model
+    from trocar.recipe.models import find_model, load_model, load_tokenizer
     from trocar.recipe.registry import METHODS, get_method
     from trocar.recipe.schema import Recipe, load_recipe, parse_recipe
 
 _HOMES = {
     "engine": ("Forecast", "RunResult", "forecast", "run"),
-    "models": ("find_model", "load_model"),
+    "models": ("find_model", "load_model", "load_tokenizer"),
     "registry": ("METHODS", "get_method"),
     "schema": ("Recipe", "load_recipe", "parse_recipe"),
 }
@@ -29,6 +29,7 @@ __all__ = [
     "get_method",
     "load_model",
     "load_recipe",
+    "load_tokenizer",
     "parse_recipe",
     "run",
 ]

@@ -1,4 +1,4 @@
-"""A role's examples: the lab's loaders, then the base model's own opinion of them. Floor 6."""
+"""A role's examples: the lab's loaders; of pictures then the base model's own opinion. Floor 6."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from trocar.core.errors import DataError, nearest
 from trocar.core.seeds import generator
 from trocar.evaluate import BaseOutputs
 from trocar.lab.data import DataConfig, load_examples
+from trocar.lab.texts import TextConfig, load_texts
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,17 @@ def load_roles(sources: Mapping[str, RoleSource], model: torch.nn.Module, output
     for role, source in sources.items():
         try:
             roles[role] = _load(source, model, outputs, base)
+        except DataError as error:
+            raise DataError(f"data.{role}: {error.what}", error.hint) from error
+    return roles
+
+
+def load_text_roles(sources: Mapping[str, TextConfig], base: Path) -> dict[str, Examples]:
+    """Load every role of a method that reads texts: columns of words, without a model. Raises DataError naming the role."""
+    roles = {}
+    for role, source in sources.items():
+        try:
+            roles[role] = load_texts(source, base)
         except DataError as error:
             raise DataError(f"data.{role}: {error.what}", error.hint) from error
     return roles

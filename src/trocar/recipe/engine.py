@@ -9,10 +9,10 @@ from __future__ import annotations
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -23,12 +23,12 @@ from trocar.core.seeds import derive
 from trocar.core.workspace import Workspace
 from trocar.evaluate import BaseOutputs, data_digest, run_checks
 from trocar.method import Estimate, Job, Outcome
-from trocar.recipe.data import load_roles
+from trocar.recipe.data import load_roles, load_text_roles
 from trocar.recipe.folder import REPORT, RESULT, Log, claim, claim_inputs, locked
-from trocar.recipe.models import describe_source, load_model
+from trocar.recipe.models import describe_source, load_model, load_tokenizer, tokenizer_digest
 from trocar.recipe.prepare import Prepared, prepare
 from trocar.recipe.schema import Recipe, load_recipe
-from trocar.recipe.verify import Verified, verify
+from trocar.recipe.verify import Verified, probes, verify
 from trocar.recipe.write import write_files
 from trocar.result import MethodInfo, ModelInfo, Result, check_infos, read_result, table_rows, write_result
 
@@ -123,6 +123,7 @@ def _finished(folder: Path) -> Result | None:
         return None
     files = [figure.csv for figure in result.figures] + [scores.file for scores in result.scores]
     files += [item.picture for gallery in result.galleries for item in gallery.items] + ([result.patch.file] if result.patch else [])
+    files += [transcript.csv for transcript in result.transcripts]
     return result if all((folder / file).is_file() for file in files) else None
 
 
@@ -131,29 +132,35 @@ def _job(prepared: Prepared, folder: Path) -> tuple[Job, str]:
     torch.manual_seed(derive(prepared.recipe.seed, "run"))  # for libraries that draw from the global stream; ours do not
     model = load_model(prepared.recipe.model, prepared.recipe.base)
     base = fingerprint(model)
-    data = load_roles(prepared.data, model, BaseOutputs(folder / "units" / "base"), prepared.recipe.base)
+    if prepared.method.reads == "texts":
+        processor = load_tokenizer(prepared.recipe.model, prepared.recipe.base)
+        data = load_text_roles(cast(Any, prepared.data), prepared.recipe.base)
+    else:
+        processor = None
+        data = load_roles(cast(Any, prepared.data), model, BaseOutputs(folder / "units" / "base"), prepared.recipe.base)
     names = getattr(model.config, "id2label", None) or {}
     classes = [str(names[number]) for number in sorted(names)]
     work = Workspace(folder / "units", {"model": base, "seed": prepared.recipe.seed, "trocar": trocar.__version__})
-    return Job(model, data, prepared.settings, prepared.recipe.seed, work, classes), base
+    return Job(model, data, prepared.settings, prepared.recipe.seed, work, classes, processor), base
 
 
-def _inputs(base: str, data: dict[str, Examples]) -> dict[str, Any]:
+def _inputs(base: str, data: Mapping[str, Examples], processor: Any) -> dict[str, Any]:
     labels = {role: None if examples.labels is None else examples.labels.tolist() for role, examples in data.items()}
     digests = {role: {"inputs": data_digest(examples), "labels": labels[role]} for role, examples in data.items()}
-    return {"trocar": trocar.__version__, "model": base, "data": digests}
+    words = {} if processor is None else {"tokenizer": tokenizer_digest(processor)}
+    return {"trocar": trocar.__version__, "model": base, **words, "data": digests}
 
 
 def _work(prepared: Prepared, asked: dict[str, Any], folder: Path) -> Result:
     log = Log(folder)
     log("start", threads=torch.get_num_threads(), torch=torch.__version__, trocar=trocar.__version__, device=prepared.recipe.model.device)
     job, base = _job(prepared, folder)
-    claim_inputs(folder, _inputs(base, dict(job.data)))
+    claim_inputs(folder, _inputs(base, job.data, job.processor))
     log("loaded", model=base, examples={role: len(examples) for role, examples in job.data.items()})
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     outcome = prepared.method.run(job)
     log("method", method=prepared.method.name)
-    verified = _believe(job, outcome, base)
+    verified = _believe(prepared, job, outcome, base)
     log("verified", **({"fingerprint": verified.fingerprint, "effect": verified.effect} if verified else {"patch": None}))
     verdict = run_checks(prepared.checks, outcome.measurements, prepared.recipe.seed)
     files = write_files(folder, outcome)
@@ -183,7 +190,7 @@ def _work(prepared: Prepared, asked: dict[str, Any], folder: Path) -> Result:
     return result
 
 
-def _believe(job: Job, outcome: Outcome, base: str) -> Verified | None:
+def _believe(prepared: Prepared, job: Job, outcome: Outcome, base: str) -> Verified | None:
     """Hold the method to its word: the model as it was, every number of this model, a patch that takes and can be taken back."""
     now = fingerprint(job.model)
     if now != base:
@@ -195,7 +202,7 @@ def _believe(job: Job, outcome: Outcome, base: str) -> Verified | None:
             )
     if outcome.patch is None or not outcome.patch.ops:
         return None
-    return verify(job.model, outcome.patch, job.data, base)
+    return verify(job.model, outcome.patch, probes(job.data, outcome.probes, prepared.method.reads), base)
 
 
 def _peak() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import sys
@@ -16,7 +18,7 @@ from trocar.core.files import read_json
 from trocar.recipe.schema import ModelSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
@@ -87,6 +89,55 @@ def load_model(model: ModelSource | str, base: Path | None = None) -> PreTrained
     place = find_model(asked.source, base)
     with _quiet_in_files():
         return _load_lab(place.where, asked) if place.kind == "lab" else _load_pretrained(place, asked)
+
+
+def load_tokenizer(model: ModelSource | str, base: Path | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside the model's weights, wherever `load_model` would find those.
+
+    Raises DataError if there is none or it cannot be read. A checkpoint without one is never given its family's empty default (which
+    transformers makes up for some families).
+    """
+    import transformers
+
+    asked = ModelSource(source=model) if isinstance(model, str) else model
+    place = find_model(asked.source, base)
+    common: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
+    if place.kind == "hub":
+        common["revision"] = asked.revision
+    where = _lab_folder(place.where) if place.kind == "lab" else place.where
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(where, **common)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        if place.kind == "hub" and isinstance(error, OSError):
+            raise _explained(error, place, asked) from error
+        if place.kind != "hub" and not any(Path(where).glob("*token*")) and not any(Path(where).glob("vocab*")):
+            raise DataError(f"{asked.source} has no tokenizer.", _NO_TOKENIZER) from None
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{asked.source} has no usable tokenizer: {first.rstrip('. :')}.", _NO_TOKENIZER) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise DataError(f"{asked.source} has no tokenizer: there is nothing beside its weights that knows a word.", _NO_TOKENIZER)
+    return tokenizer
+
+
+_NO_TOKENIZER = "Save the model's tokenizer into the same folder (tokenizer.save_pretrained); methods that read texts need it."
+
+
+def _lab_folder(name: str) -> str:
+    from trocar.lab.models import find
+    from trocar.lab.registry import get
+
+    folder = find(get(name).name)
+    if folder is None:
+        raise DataError(f"Lab model '{name}' is not trained on this machine.", f"Run `trocar lab train {name}`.")
+    return str(folder)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of everything that a tokenizer does to a text: its vocabulary, merges, rules and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    return hashlib.blake2b(f"{type(tokenizer).__name__}\n{special}\n{rules}".encode(), digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager

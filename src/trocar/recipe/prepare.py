@@ -15,6 +15,7 @@ from trocar.recipe.schema import Recipe
 if TYPE_CHECKING:
     from trocar.core.config import Config
     from trocar.evaluate import Check
+    from trocar.lab.texts import TextConfig
     from trocar.method import Method
     from trocar.recipe.data import RoleSource
 
@@ -26,7 +27,7 @@ class Prepared:
     recipe: Recipe
     method: Method
     settings: Config
-    data: Mapping[str, RoleSource]
+    data: Mapping[str, RoleSource | TextConfig]
     checks: Sequence[Check]
 
     def resolved(self) -> dict[str, Any]:
@@ -55,12 +56,14 @@ def absolute(source: str, base: Path) -> str:
 def prepare(recipe: Recipe) -> Prepared:
     """Import the method and validate settings, roles, data sources and checks. Raises ConfigError with the key's path."""
     from trocar.evaluate import parse_checks
+    from trocar.lab.texts import TextConfig
     from trocar.recipe.data import RoleSource
 
     method = get_method(recipe.method.name)
     settings = method.config.parse(recipe.method.settings, "method")
     check_roles(method.roles, recipe.data)
-    data = {role: RoleSource.parse(source, f"data.{role}") for role, source in recipe.data.items()}
+    kind = TextConfig if method.reads == "texts" else RoleSource
+    data = {role: kind.parse(source, f"data.{role}") for role, source in recipe.data.items()}
     checks = parse_checks(method.default_checks if recipe.checks is None else recipe.checks)
     return Prepared(recipe, method, settings, data, checks)
 

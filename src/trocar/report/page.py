@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -23,12 +24,13 @@ from trocar.core.errors import RunError, ScoresError
 from trocar.core.files import write_text
 from trocar.locate import Scores
 from trocar.report import numbers
-from trocar.report.figures import Drawing, draw
+from trocar.report.figures import Drawing, draw, number
 from trocar.report.where import scores_map
-from trocar.result import FigureInfo, GalleryInfo, Picture, Result, TableRow, read_result
+from trocar.result import FigureInfo, GalleryInfo, Picture, Result, TableRow, TranscriptInfo, read_result
 
 FILE = "report.html"
 COLUMNS = ("op", "where", "shape", "changed", "norm", "bytes")  # of a patch's table, in this order
+TEXTS = 24  # rows of a transcript that are shown at once; the rest is folded
 ASKED = ("name", "title", "model", "data", "method", "checks", "seed")  # of a recipe
 
 
@@ -70,6 +72,7 @@ def _page(folder: Path, result: Result, there: str) -> str:
         patch=_patch(folder, result),
         figures=[_figure(folder, figure) for figure in result.figures],
         galleries=[_gallery(folder, gallery) for gallery in result.galleries],
+        transcripts=[_transcript(folder, transcript) for transcript in result.transcripts],
         log=list(_flat(result.log)),
     )
 
@@ -96,18 +99,48 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def _figure(folder: Path, figure: FigureInfo) -> dict[str, Any]:
-    content = _inside(folder, figure.csv).read_bytes()
+def _rows(folder: Path, file: str) -> tuple[list[dict[str, str]], str]:
+    """The rows of a CSV file of the folder, and the file itself as a link's target."""
+    content = _inside(folder, file).read_bytes()
     try:
-        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"))))
+        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise RunError(f"{folder} is damaged: {figure.csv} is not a CSV file ({error}).", "Run `trocar run` on its recipe again.") from None
+        raise RunError(f"{folder} is damaged: {file} is not a CSV file ({error}).", "Run `trocar run` on its recipe again.") from None
     if any(None in row or None in row.values() for row in rows):
-        raise RunError(
-            f"{folder} is damaged: rows of {figure.csv} have too many or too few cells.", "Run `trocar run` on its recipe again."
+        raise RunError(f"{folder} is damaged: rows of {file} have too many or too few cells.", "Run `trocar run` on its recipe again.")
+    return rows, _data("text/csv", content)
+
+
+def _figure(folder: Path, figure: FigureInfo) -> dict[str, Any]:
+    rows, data = _rows(folder, figure.csv)
+    shown: dict[str, Any] = {"drawing": None, "columns": [], "rows": []}
+    if figure.kind == "table":
+        columns = list(rows[0]) if rows else []
+        shown["columns"] = [(column, all(_reads_as_number(row[column]) for row in rows)) for column in columns]
+        shown["rows"] = [[_cell_of(row[column]) for column in columns] for row in rows]
+    else:
+        shown["drawing"] = draw(figure.id, figure.kind, rows, figure.x, figure.y, figure.value, figure.series)
+    return {**shown, "title": figure.title, "caption": figure.caption, "file": figure.csv, "data": data}
+
+
+def _transcript(folder: Path, info: TranscriptInfo) -> dict[str, Any]:
+    rows, data = _rows(folder, info.csv)
+    missing = [column for column in ("prompt", "truth", "before", "after") if rows and column not in rows[0]]
+    if missing:
+        raise RunError(f"{folder} is damaged: {info.csv} has no column {missing[0]}.", "Run `trocar run` on its recipe again.")
+    items = []
+    for row in rows:
+        was, now = row.get("right_before", ""), row.get("right_after", "")
+        status = {("no", "yes"): "fixed", ("yes", "yes"): "kept", ("yes", "no"): "broken", ("no", "no"): "wrong"}.get(
+            (was, now), "unjudged"
         )
-    drawing = draw(figure.id, figure.kind, rows, figure.x, figure.y, figure.value, figure.series)
-    return {"title": figure.title, "caption": figure.caption, "drawing": drawing, "file": figure.csv, "data": _data("text/csv", content)}
+        items.append({"mark_before": "", "mark_after": "", **row, "status": status, "same": row["before"] == row["after"]})
+    judged = [row for row in rows if row.get("right_before") and row.get("right_after")]
+    was, now = (sum(row[side] == "yes" for row in judged) for side in ("right_before", "right_after"))
+    return {
+        "title": info.title, "caption": info.caption, "items": items[:TEXTS], "more": items[TEXTS:], "many": len(items),
+        "judged": len(judged), "was": was, "now": now, "truth": any(row["truth"] for row in rows), "file": info.csv, "data": data,
+    }  # fmt: skip
 
 
 def _where(folder: Path, name: str, file: str) -> dict[str, Any]:
@@ -152,6 +185,14 @@ def _asked_order(key: str) -> int:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _reads_as_number(text: str) -> bool:
+    return not text or not math.isnan(number(text))
+
+
+def _cell_of(text: str) -> str:
+    return numbers.compact(number(text)) if text and not math.isnan(number(text)) else text
 
 
 def _status(item: Picture) -> str:
