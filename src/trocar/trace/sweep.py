@@ -54,6 +54,7 @@ def sweep(
     batch_size: int = 32,
     reuse: bool = True,
     read: str = "all",
+    numbers: int = 0,
     tell: Callable[[SweepReport], None] | None = None,
 ) -> torch.Tensor:
     """Evaluate `metric` on `inputs` under each set of interventions; returns (sets, rows), float32 on the CPU.
@@ -61,7 +62,8 @@ def sweep(
     model: a transformers model in evaluation mode, or its `Anatomy`. inputs: keyword arguments of its forward pass, tensors with rows
     first. interventions: one set per result row; an empty set gives the unchanged model's metric. Sets may act in different layers, at
     different positions and on different rows, but in one tower. metric(output, rows) gets the model's output for a batch and the input
-    rows it belongs to, (batch,) int64 on the CPU, and returns one number per row of the batch, (batch,).
+    rows it belongs to, (batch,) int64 on the CPU, and returns one number per row of the batch, (batch,). numbers: with 2, say, it returns
+    two per row, (batch, 2), and the result is (sets, rows, 2).
 
     batch_size: rows per forward pass. read: "all" gives the metric outputs of every position, as in a plain run; "last" only the last
     position's (length 1; the language model head then runs there only), which is much cheaper for large vocabularies. reuse=False runs
@@ -79,11 +81,11 @@ def sweep(
         raise DataError("A sweep needs a model in evaluation mode, or dropout would decide the result.", "Call model.eval() first.")
     if read not in ("all", "last"):
         raise DataError(f"read='{read}' has no meaning.", "Use 'all' or 'last'.")
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size} is not a number of rows.", "Use 1 or more.")
+    if batch_size < 1 or numbers < 0:
+        raise DataError(f"batch_size={batch_size} and numbers={numbers} cannot be.", "Use 1 or more rows, and 0 or more numbers.")
     sets = [[item] if isinstance(item, Intervention) else list(item) for item in interventions]
     sited = [[(locate_site(anatomy, item.where), item) for item in items] for items in sets]
-    engine = _Engine.of(anatomy, inputs, sited, metric, batch_size, reuse, read)
+    engine = _Engine.of(anatomy, inputs, sited, metric, batch_size, reuse, read, numbers)
     with torch.no_grad():
         result = engine.run()
     if tell is not None:
@@ -119,12 +121,21 @@ class _Engine:
     rank: int
     world: int
     device: torch.device
+    numbers: int = 0
     passes: int = 0
     work: int = 0
 
     @classmethod
     def of(
-        cls, anatomy: Anatomy, inputs: Mapping[str, Any], sets: list[list[Sited]], metric: Metric, batch_size: int, reuse: bool, read: str
+        cls,
+        anatomy: Anatomy,
+        inputs: Mapping[str, Any],
+        sets: list[list[Sited]],
+        metric: Metric,
+        batch_size: int,
+        reuse: bool,
+        read: str,
+        numbers: int,
     ) -> _Engine:
         names = list(dict.fromkeys(site.point.tower for items in sets for site, _ in items))
         if len(names) > 1:
@@ -147,11 +158,11 @@ class _Engine:
         rank, world, device = _processes(next(anatomy.model.parameters()).device)
         return cls(
             *(anatomy, tower, dict(shape.inputs), sets, metric, batch_size, read, reuse, reuse and not reason, reasons),
-            *(shape.batch, shape.length, ends, rank, world, device),
+            *(shape.batch, shape.length, ends, rank, world, device, numbers),
         )
 
     def run(self) -> torch.Tensor:
-        result = torch.zeros(len(self.sets), self.rows, dtype=torch.float32)
+        result = torch.zeros(len(self.sets), self.rows, *self._wide, dtype=torch.float32)
         # few rows at a time, if the sets alone fill a pass: they start as late as each row allows, and one row's keys need no copying
         size = max(1, self.batch_size // max(1, len(self.sets)))
         chunks = torch.arange(self.rows).split(size)
@@ -252,10 +263,15 @@ class _Engine:
 
     def _score(self, output: Any, rows: torch.Tensor) -> torch.Tensor:
         scores = self.metric(output, rows)
-        if not isinstance(scores, torch.Tensor) or scores.shape != rows.shape:
+        if not isinstance(scores, torch.Tensor) or scores.shape != (len(rows), *self._wide):
             got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-            raise DataError(f"The metric returned {got} for {len(rows)} rows.", "It must return one number per row, shaped (rows,).")
+            shape = "one number per row, shaped (rows,)" if not self.numbers else f"a tensor shaped (rows, {self.numbers})"
+            raise DataError(f"The metric returned {got} for {len(rows)} rows.", f"It must return {shape}.")
         return scores.to("cpu", torch.float32)
+
+    @property
+    def _wide(self) -> tuple[int, ...]:
+        return (self.numbers,) if self.numbers else ()
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
         """Sum over processes; every entry is nonzero in one of them."""
