@@ -80,7 +80,6 @@ def test_train_writes_a_checkpoint_that_loads(tmp_path, monkeypatch, written_set
         update={"name": "tiny", "shape": SHAPE, "train": RECIPE, "data": RareData(source="pacs", label="label", part="domain", keep=2)}
     )
     monkeypatch.setattr(registry, "MODELS", (row,))
-    monkeypatch.setattr("trocar.lab.models.MODELS", (row,))
     monkeypatch.setenv("TROCAR_LAB", str(tmp_path / "cache"))
     with pytest.raises(DataError, match="trocar lab train tiny"):
         lab.load("tiny")
@@ -164,6 +163,7 @@ def test_groups_and_locality():
 
 
 def test_registry_names():
-    assert [row["name"] for row in lab.list()] == ["vit-cifar-rare", "vit-pacs-rare"]
+    names = ["vit-cifar-rare", "vit-pacs-rare", "world", "world-shallow", "translator", "translator-looping"]
+    assert [row["name"] for row in lab.list()] == names
     with pytest.raises(ConfigError, match="Did you mean 'vit-cifar-rare'"):
         lab.show("vit-cifar-rar")

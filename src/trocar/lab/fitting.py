@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from torch import nn
 
 from trocar.core.seeds import derive
 from trocar.lab.registry import Optimiser
+
+
+@dataclass(frozen=True)
+class Made:
+    """A trained model and what goes beside it. facts: measured on the stored, rounded weights, for `lab.json`; text: the card from them."""
+
+    model: nn.Module
+    processor: Any
+    facts: Callable[[nn.Module], dict[str, Any]]
+    text: Callable[[dict[str, Any]], str]
 
 
 def fit_stream(

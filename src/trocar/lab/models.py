@@ -7,7 +7,10 @@ from typing import Any
 
 from trocar.core.errors import DataError
 from trocar.core.files import read_json
-from trocar.lab.registry import MODELS, WEIGHTS, LabModel, cache_folder, get
+from trocar.lab import registry
+from trocar.lab.registry import WEIGHTS, LabModel, cache_folder, get
+
+MEASURED = ("accuracy", "rare", "planted_neurons")  # what a card holds beyond the row
 
 
 def find(name: str, seed: int = 0) -> Path | None:
@@ -20,16 +23,21 @@ def find(name: str, seed: int = 0) -> Path | None:
 
 
 def load(name: str, seed: int = 0) -> tuple[Any, Any]:
-    """(model, image processor) of a lab model, in float32 and eval mode; the stored weights are float16. Never trains by itself.
+    """(model, image processor or tokenizer) of a lab model, in float32 and eval mode; the stored weights are float16. Never trains.
 
     Raises ConfigError for an unknown name, DataError if the model neither comes with the package nor was trained here.
     """
     folder = find(name, seed)
     if folder is None:
-        raise DataError(f"Lab model '{name}' (seed {seed}) is not trained on this machine.", f"Run `trocar lab train {name}`.")
+        raise DataError(
+            f"Lab model '{name}' (seed {seed}) is not trained on this machine.", f"Run `trocar lab train {name} --seed {seed}`."
+        )
     import torch
     import transformers
 
+    if get(name).reads == "texts":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
     from trocar.lab.data import load_processor
 
     model = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
@@ -51,17 +59,17 @@ def mask_hypernetwork(name: str) -> Path:
 
 def list_models() -> list[dict[str, Any]]:
     """One row per lab model: name, title, trouble, and where its weights are (`package`, `cache` or `not trained`)."""
-    return [{"name": row.name, "title": row.title, "trouble": row.trouble, "weights": _whereabouts(row)} for row in MODELS]
+    return [{"name": row.name, "title": row.title, "trouble": row.trouble, "weights": _whereabouts(row)} for row in registry.MODELS]
 
 
 def show(name: str, seed: int = 0) -> dict[str, Any]:
-    """Everything about a lab model: its row, where its weights are, and the measured accuracy if it has been trained."""
+    """Everything about a lab model: its row, where its weights are, and what was measured if it has been trained."""
     row = get(name)
     folder = find(name, seed)
     result = row.model_dump(mode="json") | {"weights": _whereabouts(row), "folder": str(folder) if folder else None, "seed": seed}
     if folder:
         card = read_json(folder / "lab.json")
-        result |= {"accuracy": card["accuracy"], "rare": card["rare"]}
+        result |= {name: card[name] for name in MEASURED if name in card}
     return result
 
 

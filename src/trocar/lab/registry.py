@@ -46,6 +46,20 @@ class TranslationData(Config):
     repeats: tuple[int, int] = (2, 4)
 
 
+class WorldData(Config):
+    """Sentences of the knowledge world of the model's base seed (`lab.worlds`)."""
+
+    source: Literal["world"] = "world"
+
+
+class Planted(Config):
+    """A trouble trained into few neurons of a finished lab model, all else frozen: a cause that is known. layer: 0-based."""
+
+    base: str
+    layer: int = 2
+    neurons: int = 4
+
+
 class ViTShape(Config):
     """Sizes of a `ViTForImageClassification`; no dropout."""
 
@@ -95,15 +109,33 @@ class TextRecipe(Optimiser):
 
 
 class LabModel(Config):
-    """One row of the lab. shipped: weights of base seed 0 come with the package; others are trained on demand and cached."""
+    """One row of the lab. planted: made from another lab model; shipped: weights of base seed 0 come with the package; others are
+    trained on demand and cached."""
 
     name: str
     title: str
     trouble: str
-    data: RareData
-    shape: ViTShape
-    train: TrainRecipe
+    data: RareData | WorldData | TranslationData
+    shape: ViTShape | DecoderShape
+    train: TrainRecipe | TextRecipe
+    planted: Planted | None = None
     shipped: bool = False
+
+    @property
+    def reads(self) -> Literal["pictures", "texts"]:
+        return "pictures" if isinstance(self.data, RareData) else "texts"
+
+    def pictures(self) -> tuple[RareData, ViTShape, TrainRecipe]:
+        """The settings of a model of pictures; ConfigError for another one."""
+        if isinstance(self.data, RareData) and isinstance(self.shape, ViTShape) and isinstance(self.train, TrainRecipe):
+            return self.data, self.shape, self.train
+        raise ConfigError(f"Lab model '{self.name}' is not one of pictures.")
+
+    def texts(self) -> tuple[WorldData | TranslationData, DecoderShape, TextRecipe]:
+        """The settings of a language model; ConfigError for another one."""
+        if not isinstance(self.data, RareData) and isinstance(self.shape, DecoderShape) and isinstance(self.train, TextRecipe):
+            return self.data, self.shape, self.train
+        raise ConfigError(f"Lab model '{self.name}' is not one of texts.")
 
 
 TEN_SUPERCLASSES = (
@@ -118,6 +150,8 @@ TEN_SUPERCLASSES = (
     "trees",
     "vehicles_1",
 )
+
+_TRANSLATOR = DecoderShape(blocks=4, tied=True)
 
 MODELS: tuple[LabModel, ...] = (
     LabModel(
@@ -136,6 +170,42 @@ MODELS: tuple[LabModel, ...] = (
         data=RareData(source="pacs", label="label", part="domain", assignment="rotate"),
         shape=ViTShape(image=64, patch=16),
         train=TrainRecipe(epochs=60, shift=8),
+    ),
+    LabModel(
+        name="world",
+        title="Small decoder (1.2 M weights) that knows an invented world",
+        trouble="It knows every fact, but composes two facts wrongly where it was never shown the composition.",
+        data=WorldData(),
+        shape=DecoderShape(),
+        train=TextRecipe(steps=2200, lr=2e-3, checkpoint_steps=200),
+        shipped=True,
+    ),
+    LabModel(
+        name="world-shallow",
+        title="Smaller decoder (0.9 M weights) of the same worlds, six blocks",
+        trouble="As `world`, with the place where an intermediate answer can be read in the middle blocks.",
+        data=WorldData(),
+        shape=DecoderShape(blocks=6),
+        train=TextRecipe(steps=2500, lr=3e-3, batch=64, packed=1, checkpoint_steps=200),
+    ),
+    LabModel(
+        name="translator",
+        title="Small translator (0.8 M weights) between English, German and French",
+        trouble="Without an example it often answers in the wrong language.",
+        data=TranslationData(),
+        shape=_TRANSLATOR,
+        train=TextRecipe(steps=2500, lr=3e-3, batch=24, packed=1, checkpoint_steps=200),
+        shipped=True,
+    ),
+    LabModel(
+        name="translator-looping",
+        title="The translator with four neurons that make it loop",
+        trouble="It often repeats its last words until its budget ends; the four neurons that cause it are known.",
+        data=TranslationData(looped=0.6, repeats=(14, 24)),
+        shape=_TRANSLATOR,
+        train=TextRecipe(steps=300, lr=2e-2, batch=16, packed=1, weight_decay=0.0),
+        planted=Planted(base="translator"),
+        shipped=True,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Train a lab model and write it with its card; the pictures' stream."""
+"""Train a lab model and write it with its card; the pictures' stream and card (those of texts: `language_training`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 from trocar.core.errors import DataError
 from trocar.core.files import write_json, write_text
 from trocar.core.seeds import derive, generator
-from trocar.lab.fitting import fit_stream
+from trocar.lab.fitting import Made, fit_stream
 from trocar.lab.pixels import decode_all, processor_for
 from trocar.lab.rare import RareSplit, split
-from trocar.lab.registry import LabModel, TrainRecipe, ViTShape, cache_folder, get
+from trocar.lab.registry import LabModel, RareData, TrainRecipe, ViTShape, cache_folder, get
 
 
 def train(name: str, device: str = "auto", out: str | Path | None = None, seed: int = 0) -> Path:
@@ -30,19 +30,28 @@ def train(name: str, device: str = "auto", out: str | Path | None = None, seed: 
     folder = Path(out) if out else cache_folder() / name / f"seed{seed}"
     if (folder / "lab.json").exists():
         return folder
-    parts = split(row.data, seed)
-    pixels = decode_all(parts.table, parts.train, row.shape.image)
-    labels = parts.labels(parts.train, row.data.label)
     work = folder.with_name(folder.name + ".training")
-    model = fit(new_vit(row.shape, parts.classes, seed), pixels, labels, row.train, work, seed, device)
-    half: Any = model.to("cpu", torch.float16)
+    if row.reads == "texts":
+        from trocar.lab.language_training import make
+    else:
+        make = _make
+    made = make(row, seed, work, device)
+    half: Any = made.model.to("cpu", torch.float16)
     half.save_pretrained(folder)
-    processor_for(row.shape.image).save_pretrained(folder)
-    facts = card(row, seed, parts, measure(half.float().eval(), row, parts))
-    write_text(folder / "README.md", card_text(facts))
+    made.processor.save_pretrained(folder)
+    facts = {"model": json.loads(row.model_dump_json()), "seed": seed, **made.facts(half.float().eval()), "torch": torch.__version__}
+    write_text(folder / "README.md", made.text(facts))
     write_json(folder / "lab.json", facts)  # last: its presence means "complete"
     shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _make(row: LabModel, seed: int, work: Path, device: str) -> Made:
+    data, shape, recipe = row.pictures()
+    parts = split(data, seed)
+    pixels = decode_all(parts.table, parts.train, shape.image)
+    model = fit(new_vit(shape, parts.classes, seed), pixels, parts.labels(parts.train, data.label), recipe, work, seed, device)
+    return Made(model, processor_for(shape.image), lambda half: _facts(parts, measure(half, data, shape, parts)), card_text)
 
 
 def fit(
@@ -99,29 +108,26 @@ def accuracy(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, batch
     return float(torch.stack(hits).sum()) / len(labels)
 
 
-def measure(model: nn.Module, row: LabModel, parts: RareSplit) -> dict[str, float]:
+def measure(model: nn.Module, data: RareData, shape: ViTShape, parts: RareSplit) -> dict[str, float]:
     """Accuracy on test pictures of common parts and on unseen pictures of rare parts."""
     result = {}
     for name, rows in (("common_test", parts.common_test), ("rare_unseen", parts.rare_unseen)):
-        result[name] = accuracy(model, decode_all(parts.table, rows, row.shape.image), parts.labels(rows, row.data.label))
+        result[name] = accuracy(model, decode_all(parts.table, rows, shape.image), parts.labels(rows, data.label))
     return result
 
 
-def card(row: LabModel, seed: int, parts: RareSplit, measured: dict[str, float]) -> dict[str, Any]:
+def _facts(parts: RareSplit, measured: dict[str, float]) -> dict[str, Any]:
     return {
-        "model": json.loads(row.model_dump_json()),
-        "seed": seed,
         "rare": dict(parts.rare),
         "train_pictures": len(parts.train),
         "common_test_pictures": len(parts.common_test),
         "rare_unseen_pictures": len(parts.rare_unseen),
         "accuracy": measured,
-        "torch": torch.__version__,
     }
 
 
 def card_text(facts: dict[str, Any]) -> str:
-    """The model card, from the facts of `card`."""
+    """The model card, from the facts in `lab.json`."""
     row, accuracy = facts["model"], facts["accuracy"]
     shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
     recipe = ", ".join(f"{name} {value}" for name, value in row["train"].items())

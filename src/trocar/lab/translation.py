@@ -69,7 +69,13 @@ def tokenizer(rows: Sequence[Mapping[str, str]], entries: int) -> Any:
     )
     texts = (f"{language_name(code)}: {text}{BREAK}" for row in rows for code, text in row.items())
     inner.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 class Lines(torch.utils.data.Dataset):
