@@ -42,8 +42,8 @@ class CremeConfig(Config):
     layers: blocks to edit, or `auto`: the window of `window` contiguous blocks (a fifth of the model, at least 3) whose attention outputs,
     copied from the guide's run, help most. budget: `auto` considers only windows whose edit moves no matrix by more than this share of
     its norm. contexts: `lead-ins` (22, published), `identity` (the prompt alone), or strings with one hole each.
-    second_moment: `none` (published: identity) or `text`: the least change is measured on keys of ordinary text, whose second moment
-    has to be given; `moment_ridge` times its mean diagonal is added to it.
+    second_moment: `none` (published: identity); `text`: the least change is measured on keys of ordinary text, or `prompts`: on the
+    last-token keys of ordinary prompts. The moment has to be given; `moment_ridge` times its mean diagonal is added to it.
     target_from: the value is read on the partly edited model (`current`, published) or on the unedited one (`original`: exact, no drift).
     strength: the step towards the value, 1 = all the way.
     heads: only these heads' columns change (`L18.H3`); every layer that is named must be edited.
@@ -58,7 +58,7 @@ class CremeConfig(Config):
     window: int | None = pydantic.Field(default=None, ge=1)
     budget: float | None = pydantic.Field(default=None, gt=0)
     contexts: Literal["lead-ins", "identity"] | tuple[str, ...] = "lead-ins"
-    second_moment: Literal["none", "text"] = "none"
+    second_moment: Literal["none", "text", "prompts"] = "none"
     moment_ridge: float = pydantic.Field(default=0.01, ge=0)
     target_from: Literal["current", "original"] = "current"
     strength: float = pydantic.Field(default=1.0, gt=0)

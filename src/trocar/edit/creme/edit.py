@@ -48,8 +48,8 @@ def creme_edit(
     """Repair two-hop questions: at every edited block, what attention returns on the question becomes what it returns on the guide.
 
     model: a causal language model of a known family, or its `Anatomy`; it is left as it was, bit for bit, on every way out. cases: all are
-    repaired by one patch. moments: of `second_moment`, needed where `config.second_moment` is `text`. checked: ask the model first whether
-    the guide is answered right and the case is not solved already, and score the prompt before and after.
+    repaired by one patch. moments: made by `second_moment`, where `config.second_moment` is not `none`. checked: ask the model first
+    whether the guide is answered right and the case is not solved already, and score the prompt before and after.
 
     Memory: one batch of all prompts under all contexts, without logits. Raises ConfigError and ComponentError for settings that do not fit
     the model, EditError for a step that has no solution and (under `strict`) for a guide that is answered wrongly, DataError for bad cases.
@@ -58,10 +58,9 @@ def creme_edit(
     wanted = [cases] if isinstance(cases, Case) else list(cases)
     if not wanted:
         raise DataError("There is no case to edit.", "Give at least one.")
-    if config.second_moment == "text" and moments is None:
-        raise ConfigError(
-            "second_moment: text needs the second moment of keys.", "Pass moments=second_moment(model, tokenizer, texts, ...)."
-        )
+    if (config.second_moment == "none") != (moments is None):
+        needs = "needs the second moment of keys" if moments is None else "uses no second moment, but one was given"
+        raise ConfigError(f"second_moment: {config.second_moment} {needs}.", "Pass moments=second_moment(model, tokenizer, texts, ...).")
     with evaluating(anatomy.model):
         notes = [_named(case, note, wanted) for case in wanted for note in look_at(case, tokenizer)]
         if checked:

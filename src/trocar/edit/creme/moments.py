@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,32 +60,42 @@ def second_moment(
     texts: Sequence[str],
     layers: Sequence[int],
     module: Literal["attention", "mlp"] = "attention",
+    positions: Literal["all", "last"] = "all",
     length: int = 256,
     batch_size: int = 8,
     folder: str | Path | Workspace | None = None,
 ) -> Moments:
     """Run `texts` through the model and accumulate the uncentred second moment of the keys of `layers`, over real tokens only.
 
-    Texts are cut into pieces of `length` tokens. folder: where to keep the result, under the model's fingerprint, the blocks, the texts and
-    the settings; it is read back when all of these are equal. Raises DataError for texts without tokens.
+    positions: `all` tokens of texts, cut into pieces of `length`, or the `last` one of prompts, which are not cut.
+    folder: where to keep the result, under the model's fingerprint, the blocks, the texts and the settings; it is read back when all of
+    these are equal. Raises DataError for texts without tokens.
     """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
     role, layers = "o" if module == "attention" else "down", sorted(set(layers))
+    length = length if positions == "all" else sys.maxsize
     pieces = [piece for text in texts if text.strip() for piece in _pieces(tokenizer, text, length)]
     if not pieces:
         raise DataError("There is no text to take a second moment of.", "Give some ordinary text.")
     if folder is None:
-        return _measure(anatomy, pieces, layers, role, batch_size)
+        return _measure(anatomy, pieces, layers, role, positions, batch_size)
     work = folder if isinstance(folder, Workspace) else Workspace(folder)
     digest = hashlib.blake2b(repr(pieces).encode(), digest_size=16).hexdigest()
     dtype = str(next(anatomy.model.parameters()).dtype)
-    key = {"model": fingerprint(anatomy.model), "layers": list(layers), "texts": digest, "role": role, "dtype": dtype, "length": length}
+    key = {
+        "model": fingerprint(anatomy.model),
+        "layers": list(layers),
+        "texts": digest,
+        "role": role,
+        "dtype": dtype,
+        "positions": positions,
+    }
 
     def compute() -> dict[str, torch.Tensor]:
-        found = _measure(anatomy, pieces, layers, role, batch_size)
+        found = _measure(anatomy, pieces, layers, role, positions, batch_size)
         return {**{f"L{layer}": value for layer, value in found.sums.items()}, "tokens": torch.tensor(found.tokens)}
 
-    kept = work.tensors(f"second-moment-{module}", key, compute)
+    kept = work.tensors(f"second-moment-{module}-{positions}", key, compute)
     return Moments({layer: kept[f"L{layer}"] for layer in layers}, int(kept["tokens"]), role)
 
 
@@ -93,7 +104,9 @@ def _pieces(tokenizer: Any, text: str, length: int) -> list[tuple[int, ...]]:
     return [ids[start : start + length] for start in range(0, len(ids), length)]
 
 
-def _measure(anatomy: Anatomy, pieces: Sequence[tuple[int, ...]], layers: Sequence[int], role: str, batch_size: int) -> Moments:
+def _measure(
+    anatomy: Anatomy, pieces: Sequence[tuple[int, ...]], layers: Sequence[int], role: str, positions: str, batch_size: int
+) -> Moments:
     tower, last = text_tower(anatomy), max(layers)
     sums: dict[int, torch.Tensor] = {}
     real: list[torch.Tensor] = []
@@ -120,7 +133,7 @@ def _measure(anatomy: Anatomy, pieces: Sequence[tuple[int, ...]], layers: Sequen
         handles.extend(hook(layer) for layer in layers)
         for start in track(range(0, len(order), batch_size), "second moment", -(-len(order) // batch_size)):
             inputs = batch_of(anatomy, order[start : start + batch_size])
-            real[:] = [inputs["attention_mask"].flatten().bool()]
+            real[:] = [_wanted(inputs["attention_mask"], positions)]
             try:
                 with torch.no_grad():
                     anatomy.model(**inputs, use_cache=False)
@@ -130,4 +143,13 @@ def _measure(anatomy: Anatomy, pieces: Sequence[tuple[int, ...]], layers: Sequen
         for handle in handles:
             handle.remove()
         anatomy.model.train(training)
-    return Moments({layer: sums[layer] for layer in layers}, sum(len(piece) for piece in pieces), role)
+    return Moments({layer: sums[layer] for layer in layers}, len(pieces) if positions == "last" else sum(map(len, pieces)), role)
+
+
+def _wanted(mask: torch.Tensor, positions: str) -> torch.Tensor:
+    """Which of the flattened tokens count. Rows are padded on the left."""
+    real = mask.bool()
+    if positions == "last":
+        real = torch.zeros_like(real)
+        real[:, -1] = True
+    return real.flatten()
