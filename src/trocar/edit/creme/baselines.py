@@ -32,8 +32,8 @@ from trocar.trace.queries import Mode, answer_tokens, ask, batch_of, continuatio
 class RomeConfig(Config):
     """ROME as it was run beside CREME (arXiv:2402.14328, reference code; the method is arXiv:2202.05262).
 
-    layer: None is a sixth of the depth (5 of 32). steps, lr, weight_decay, stop, clamp (share of the value's norm), kl: of the search for the
-    value. contexts: as in `CremeConfig`.
+    layer: None is a sixth of the depth (5 of 32). steps, lr, weight_decay, stop, clamp (share of the value's norm), kl: of the search for
+    the value. contexts: as in `CremeConfig`.
     """
 
     layer: int | None = pydantic.Field(default=None, ge=0)

@@ -68,6 +68,7 @@ def creme_edit(
             notes += more
         if not wanted:
             return CremeResult(Patch.of(anatomy, [], "creme", config.model_dump(mode="json")), (), (), tuple(notes), "nothing to do")
+        config = _with_layers(anatomy, tokenizer, wanted, config, moments)
         layers = edited_layers(anatomy, config)
         before = _scores(anatomy, tokenizer, wanted, config) if checked else []
         rows, factors = solve(anatomy, tokenizer, wanted, config, layers, moments)
@@ -215,6 +216,14 @@ def _columns(heads: Sequence[str] | None) -> dict[int, list[int]] | None:
             raise ComponentError(f"{name} is not a head.", "Write for example L18.H3.")
         found.setdefault(head.layer, []).append(head.index)
     return {layer: sorted(set(numbers)) for layer, numbers in found.items()}
+
+
+def _with_layers(anatomy: Anatomy, tokenizer: Any, cases: Sequence[Case], config: CremeConfig, moments: Moments | None) -> CremeConfig:
+    if config.layers != "auto":
+        return config
+    from trocar.edit.creme.layers import choose_layers  # which solves edits itself, under a budget
+
+    return config.model_copy(update={"layers": choose_layers(anatomy, tokenizer, cases, config, moments).layers})
 
 
 def edited_layers(anatomy: Anatomy, config: CremeConfig) -> tuple[int, ...]:
