@@ -36,6 +36,17 @@ SUPPORT: dict[str, dict[str, str]] = {
         "vLLM": "no (vLLM has no image classifiers)",
         "llama.cpp": "no (no image classifiers)",
     },
+    "creme": {
+        "float32": "yes",
+        "bfloat16": "yes (solved in float64, rounded once)",
+        "float16": "yes (solved in float64, rounded once)",
+        "quantised": "no",
+        "GGUF": "no",
+        "transformers": "patch, merged checkpoint or LoRA adapter",
+        "transformers without trocar": "merged checkpoint or LoRA adapter",
+        "vLLM": "merged checkpoint or LoRA adapter",
+        "llama.cpp": "merged checkpoint, converted",
+    },
 }
 
 

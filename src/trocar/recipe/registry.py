@@ -27,6 +27,11 @@ METHODS: dict[str, Entry] = {
         "edit",
         "fix a vision transformer's failures on a rare group of images from one example each",
     ),
+    "creme": Entry(
+        "trocar.edit.creme.recipe:METHOD",
+        "edit",
+        "repair two-hop questions that a language model fails although it knows both hops, without training",
+    ),
 }
 
 

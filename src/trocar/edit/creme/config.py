@@ -43,7 +43,8 @@ class CremeConfig(Config):
     copied from the guide's run, help most. budget: `auto` considers only windows whose edit moves no matrix by more than this share of
     its norm. contexts: `lead-ins` (22, published), `identity` (the prompt alone), or strings with one hole each.
     second_moment: `none` (published: identity); `text`: the least change is measured on keys of ordinary text, or `prompts`: on the
-    last-token keys of ordinary prompts. The moment has to be given; `moment_ridge` times its mean diagonal is added to it.
+    last-token keys of ordinary prompts. The moment has to be given; `moment_ridge` times its mean diagonal is added to it (None: 0.01 for
+    text, 0.1 for prompts; both measured).
     target_from: the value is read on the partly edited model (`current`, published) or on the unedited one (`original`: exact, no drift).
     strength: the step towards the value, 1 = all the way.
     heads: only these heads' columns change (`L18.H3`); every layer that is named must be edited.
@@ -59,7 +60,7 @@ class CremeConfig(Config):
     budget: float | None = pydantic.Field(default=None, gt=0)
     contexts: Literal["lead-ins", "identity"] | tuple[str, ...] = "lead-ins"
     second_moment: Literal["none", "text", "prompts"] = "none"
-    moment_ridge: float = pydantic.Field(default=0.01, ge=0)
+    moment_ridge: float | None = pydantic.Field(default=None, ge=0)
     target_from: Literal["current", "original"] = "current"
     strength: float = pydantic.Field(default=1.0, gt=0)
     heads: tuple[str, ...] | None = None
@@ -102,6 +103,11 @@ class CremeConfig(Config):
     @property
     def role(self) -> str:
         return "o" if self.module == "attention" else "down"
+
+    @property
+    def moment_share(self) -> float:
+        """The ridge of the second moment, relative to its mean diagonal."""
+        return self.moment_ridge if self.moment_ridge is not None else 0.1 if self.second_moment == "prompts" else 0.01
 
     @property
     def lead_ins(self) -> tuple[str, ...]:

@@ -150,7 +150,7 @@ class _Task:
         if not bool((residuals != 0).any()):
             return None
         where, kept = f"block {here.layer}", here.keys[2 * self.span :].double().cpu().T
-        moment = None if self.moments is None else self.moments.metric(here.layer, self.config.moment_ridge)
+        moment = None if self.moments is None else self.moments.metric(here.layer, self.config.moment_share)
         if kept.numel() and self.config.preserve_weight is not None:
             moment, kept = mixed(moment, kept, self.config.preserve_weight), kept[:, :0]
         columns = None if self.columns is None else self._inputs(here)
