@@ -257,10 +257,10 @@ def screened(bases: Sequence[Base], single: dict[int, Any], quick: bool) -> tupl
         k, wanted = len(heads) // 4, len(heads) // 8
         by_head = screen(guess.scores("head"), lambda c, e=exact: [e[x] for x in c], k, wanted=wanted, known=exact)
         few = slice(0, 12 if quick else 24)
-        part = tuple(values[few] for values in (prompts, sources, answers))
+        part = (base.model, base.tokenizer, prompts[few], sources[few], answers[few])
         by_neuron = screen(
             guess.scores("neuron"),
-            lambda c, base=base, part=part: component_effects(base.model, base.tokenizer, *part, c, batch_size=256).mean(0),
+            lambda c, part=part: component_effects(*part, c, batch_size=256).mean(0),
             k=100,
             wanted=20,
             sample=100 if quick else 400,
