@@ -1,5 +1,6 @@
 """The report: complete, self-contained, the same bytes, and honest about bad folders."""
 
+import csv
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from run_folder import AFTER, BEFORE, make
@@ -141,7 +143,6 @@ def test_no_torch_and_no_model_is_needed(whole, tmp_path):
 
 def test_hover_texts_sit_on_the_marks_they_describe():
     rows = [{"k": k, "v": k * k, "s": s, "low": k, "high": 9} for s in ("a", "b") for k in (3, 1, 2)]
-    from xml.etree import ElementTree
 
     for kind in ("curve", "points", "bars"):
         drawing = draw("f", kind, rows, "k", "v", series="s")
@@ -160,13 +161,87 @@ def test_hover_texts_sit_on_the_marks_they_describe():
 def test_heat_map_cells_and_shades():
     rows = [{"x": str(x), "y": y, "v": v} for x, y, v in ((0, "L0", 0.0), (1, "L0", 0.5), (0, "L1", 1.0), (1, "L1", "nan"))]
     drawing = draw("h", "heatmap", rows, "x", "y", "v")
-    assert drawing.scale == ("0", "1", False)
+    assert drawing.scale == ("0", "1", "")
     assert drawing.svg.count("<title>") == 4
     assert "L1, x 1: v none" in drawing.svg
     assert "fill: var(--heat)" in drawing.svg
     signed = draw("h", "heatmap", [{**rows[0], "v": -2}, {**rows[1], "v": 1}], "x", "y", "v")
-    assert signed.scale == ("−2", "2", True)
+    assert signed.scale == ("−2", "2", "diverging")
     assert "var(--cold)" in signed.svg
+    below = draw("h", "heatmap", [{**rows[0], "v": -2e-4}, {**rows[1], "v": -1e-4}], "x", "y", "v")
+    assert below.scale == ("−0.0002", "0", "cold")  # the strongest shade is the largest effect, not the smallest
+    assert "fill: var(--heat)" not in below.svg
+
+
+def words_of(svg):
+    return ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter(f"{{{SVG}}}text")]
+
+
+def test_long_names_under_columns_stay_readable():
+    names = ["<s>", "the", "country that employs", "Ada", "Lovelace (last token of the subject)", "is", "of", "(last)"]
+    for kind in ("heatmap", "curve"):
+        words = words_of(draw("long", kind, [{"position": name, "layer": 1e-4, "value": 1} for name in names], "position", "layer").svg)
+        assert "country that employs" in words  # slanted, all of them there
+        assert "Lovelace (last token of the…" in words
+    few = [{"kind": name, "effect": 1} for name in ("attention output of the block", "MLP output")]
+    assert "MLP output" in words_of(draw("few", "curve", few, "kind", "effect").svg)
+    numbered = words_of(draw("numbers", "heatmap", [{"x": n, "y": 0, "value": 1} for n in range(60)], "x", "y").svg)
+    assert "0" in numbered
+    assert "59" not in numbered
+
+
+def test_small_values_do_not_become_rows_of_zeros():
+    words = words_of(draw("small", "curve", [{"layer": n, "effect": (n - 2) * 1e-5} for n in range(5)], "layer", "effect").svg)
+    assert "effect (× 10⁻⁵)" in words
+    assert not any(word.startswith(("0.000", "−0.000")) for word in words)
+    assert "effect" in words_of(draw("plain", "bars", [{"layer": "L1", "effect": -0.5}], "layer", "effect").svg)
+
+
+def add(folder, **more):
+    content = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps({**content, **more}))
+
+
+def test_what_it_says(folder):
+    evil = "<script>alert(1)</script>"
+    rows = [("p & q", "Paris", "Rome", "Paris", "", "", "no", "yes"), ("r", "Paris", "Paris", "Paris", "", "", "yes", "yes")]
+    rows += [
+        ("s", "x", "x", evil, "", "loop", "yes", "no"),
+        ("t", "x", "a\nb", "c", "", "", "no", "no"),
+        *[("u", "", "v", "w", "", "", "", "")] * 30,
+    ]
+    head = ("prompt", "truth", "before", "after", "mark_before", "mark_after", "right_before", "right_after")
+    (folder / "texts").mkdir()
+    with (folder / "texts/a.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+    add(folder, transcripts=[{"id": "a", "title": "Answers", "caption": "Greedy.", "csv": "texts/a.csv"}])
+    text = write_report(folder).read_text()
+    page = Page(text)
+    assert page.open == []
+    assert not any(tag == "script" for tag, _ in page.tags)
+    classes = [attributes.get("class") for tag, attributes in page.tags if tag == "tr"]
+    assert [classes.count(name) for name in ("fixed", "kept", "broken", "wrong", "unjudged")] == [1, 1, 1, 1, 30]
+    words = re.sub(r"\s+", " ", "".join(page.text))
+    assert "2 of 4 right before, 2 after" in words
+    assert "10 more" in words  # folded
+    assert "p & q" in words
+    assert "loop" in words
+    assert 'href="#texts"' in text
+    (folder / "texts/a.csv").write_text("prompt,truth\na,b\n")
+    with pytest.raises(RunError, match="has no column before"):
+        write_report(folder)
+    add(folder, transcripts=[{"id": "a", "title": "Answers", "csv": "../a.csv"}])
+    with pytest.raises(RunError, match="outside of the run folder"):
+        write_report(folder)
+
+
+def test_tables_among_the_figures(folder):
+    (folder / "figures/t.csv").write_text('measured,mean change,n\ncorrection,"+1,703 %",40\n<b>,−2 %,160\n')
+    add(folder, figures=[{"id": "t", "title": "Relative", "kind": "table", "x": "measured", "y": "n", "csv": "figures/t.csv"}])
+    text = write_report(folder).read_text()
+    assert Page(text).open == []
+    assert '<td class="number">+1,703 %</td>' in text
+    assert "<td>&lt;b&gt;</td>" in text
 
 
 def test_awkward_figures_are_drawn():

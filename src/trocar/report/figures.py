@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -55,11 +56,12 @@ class Key:
 
 @dataclass(frozen=True)
 class Drawing:
-    """svg: the figure; keys: its legend; scale: lowest and highest value of a heat map (diverging if the lowest is below 0)."""
+    """svg: the figure; keys: its legend; scale: lowest and highest value of a heat map and its shades: `` (0 or the lowest value up),
+    `cold` (up to 0) or `diverging` (both sides of 0)."""
 
     svg: str
     keys: tuple[Key, ...] = ()
-    scale: tuple[str, str, bool] | None = None
+    scale: tuple[str, str, str] | None = None
 
 
 def draw(name: str, kind: str, rows: Rows, x: str, y: str, value: str | None = None, series: str | None = None) -> Drawing:
@@ -138,7 +140,10 @@ def _colour(place: int) -> str:
 
 def _keys(parts: Mapping[str, Any]) -> tuple[Key, ...]:
     signs = ("●", "■", "▲", "◆", "▼", "✚", "✖", "⬢")
-    return tuple(Key(part, place % SERIES + 1, signs[place % SERIES]) for place, part in enumerate(parts) if part)
+    strokes = ("", "╌", "┈")  # further rounds of the colours have other lines
+    return tuple(
+        Key(part, place % SERIES + 1, signs[place % SERIES] + strokes[place // SERIES % 3]) for place, part in enumerate(parts) if part
+    )
 
 
 def _ticks(axes: Axes, values: Sequence[Any]) -> dict[str, float]:
@@ -146,8 +151,49 @@ def _ticks(axes: Axes, values: Sequence[Any]) -> dict[str, float]:
     texts = list(dict.fromkeys(str(value) for value in values))
     if all(not math.isnan(number(text)) for text in texts):
         return {text: number(text) for text in texts}
-    axes.set_xticks(range(len(texts)), texts)
+    _name_columns(axes, texts, 0.0)
     return {text: float(place) for place, text in enumerate(texts)}
+
+
+def _name_columns(axes: Axes, texts: Sequence[str], shift: float) -> None:
+    """Tick labels under columns at shift, shift + 1, ...: as they are, else broken into lines, else slanted; where there are too many even
+    for that, or all are numbers, every second, third, ..."""
+    step, shown, slanted = _fitted(tuple(texts))
+    axes.set_xticks([shift + place for place in range(0, len(texts), step)], shown[::step])
+    if slanted:
+        axes.tick_params("x", rotation=35)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+            label.set_rotation_mode("anchor")
+
+
+def _fitted(texts: Sequence[str]) -> tuple[int, Sequence[str], bool]:
+    """(every which label is shown, the labels, whether they are slanted)."""
+    room, longest = 84 / len(texts), max(map(len, texts))  # characters under a column
+    counted = all(not math.isnan(number(text.lstrip("LH"))) for text in texts)
+    if longest + 1 <= room or counted or room < 2:
+        return (max(1, math.ceil((longest + 2) / room)) if len(texts) > 1 else 1), texts, False
+    broken = ["\n".join(textwrap.wrap(text, max(6, int(room) - 1))) or text for text in texts]
+    if room >= 8 and all(len(line) < room and text.count("\n") < 3 for text in broken for line in text.split("\n")):
+        return 1, broken, False
+    return 1, [text if len(text) <= 28 else f"{text[:27]}…" for text in texts], True
+
+
+def _slant_height(texts: Sequence[str]) -> float:
+    """Inches that slanted labels take below the axis."""
+    _, shown, slanted = _fitted(texts)
+    return 0.045 * max(map(len, shown)) if slanted else 0.0
+
+
+def _small(axes: Axes, side: str, values: Sequence[float], label: str) -> None:
+    """Label a value axis; numbers that are all below a thousandth get their power of ten into the label instead of a row of zeros."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    axis = axes.yaxis if side == "y" else axes.xaxis
+    axis.set_label_text(label)
+    if 0 < largest < 1e-3:
+        power = math.floor(math.log10(largest))
+        axis.set_major_formatter(lambda value, _: f"{value / 10**power:.3g}".replace("-", "−"))
+        axis.set_label_text(f"{label} (× 10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))})")
 
 
 def _curve(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawing:
@@ -161,14 +207,26 @@ def _curve(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawing
             if own and "low" in own[0] and "high" in own[0]:
                 low, high = ([number(row[side]) for row in own] for side in ("low", "high"))
                 axes.fill_between(xs, low, high, color=_colour(order), alpha=0.15, linewidth=0)
-            axes.plot(xs, ys, color=_colour(order))
+            axes.plot(xs, ys, color=_colour(order), linestyle=("-", "--", ":")[order // SERIES % 3])
             gid = f"marks{order}"
-            axes.scatter(xs, ys, 36, c=_colour(order), marker=MARKERS[order % SERIES], edgecolors=SURFACE, linewidths=1, zorder=3, gid=gid)
+            axes.scatter(
+                xs,
+                ys,
+                36 if len(rows) <= 120 else 16,
+                c=_colour(order),
+                marker=MARKERS[order % SERIES],
+                edgecolors=SURFACE,
+                linewidths=1,
+                zorder=3,
+                gid=gid,
+            )
             titles[gid] = [_hover(part, x, y, row) for row in own]
-        axes.set(xlabel=x, ylabel=y)
+        axes.set(xlabel=x)
+        _small(axes, "y", [number(row[y]) for row in rows], y)
         return titles
 
-    return Drawing(_canvas(name, 3.4, paint), _keys(parts))
+    texts = list(dict.fromkeys(str(row[x]) for row in rows))
+    return Drawing(_canvas(name, 3.4 + _slant_height(texts), paint), _keys(parts))
 
 
 def _points(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawing:
@@ -185,7 +243,8 @@ def _points(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawin
             for row, at, height in zip(own, xs, ys, strict=True):
                 if len(rows) <= 24 and row.get("label"):
                     axes.annotate(str(row["label"]), (at, height), xytext=(6, 4), textcoords="offset points", fontsize=8)
-        axes.set(xlabel=x, ylabel=y)
+        _small(axes, "x", list(places.values()), x)
+        _small(axes, "y", [number(row[y]) for row in rows], y)
         axes.margins(0.08)
         return titles
 
@@ -221,10 +280,11 @@ def _bars(name: str, rows: Rows, x: str, y: str, series: str | None) -> Drawing:
         if flat:
             axes.set_yticks(range(len(labels)), labels)
             axes.invert_yaxis()
-            axes.set(xlabel=y, ylabel=x if len(labels) > 1 else "")
+            axes.set(ylabel=x if len(labels) > 1 else "")
         else:
             axes.set_xticks(range(len(labels)), labels)
-            axes.set(xlabel=x if len(labels) > 1 else "", ylabel=y)
+            axes.set(xlabel=x if len(labels) > 1 else "")
+        _small(axes, "x" if flat else "y", [number(row[y]) for row in rows], y)
         return titles
 
     return Drawing(
@@ -241,9 +301,9 @@ def _heatmap(name: str, rows: Rows, x: str, y: str, value: str | None) -> Drawin
     if not finite:
         raise RunError(f"Figure '{name}' has no finite value.", "Run its recipe again.")
     low, high = min(finite), max(finite)
-    diverging = low < 0 < high
-    least = 0.0 if low >= 0 or diverging else low  # shades start at 0 where that is natural
-    reach = max(abs(low), abs(high)) if diverging else (high - least) or 1.0
+    first = [text.split("–")[0] or text for text in columns]  # the first of a cell of several
+    diverging, cold = low < 0 < high, low < 0 >= high
+    reach = max(abs(low), abs(high)) or 1.0  # shades start at 0
 
     def paint(axes: Axes) -> dict[str, list[str]]:
         from matplotlib.collections import PolyCollection
@@ -254,8 +314,8 @@ def _heatmap(name: str, rows: Rows, x: str, y: str, value: str | None) -> Drawin
         for row, item in zip(rows, numbers, strict=True):
             left, top = places[0][str(row[x])], places[1][str(row[y])]
             squares.append([(left, top), (left + 1, top), (left + 1, top + 1), (left, top + 1)])
-            level = 0.0 if not math.isfinite(item) else abs(item) / reach if diverging else (item - least) / reach
-            shades.append(to_rgba(COLD if diverging and item < 0 else HEAT, round(0.03 + 0.97 * level, 3)))
+            level = abs(item) / reach if math.isfinite(item) else 0.0
+            shades.append(to_rgba(COLD if item < 0 else HEAT, round(0.03 + 0.97 * level, 3)))
             texts.append(
                 f"{row[y]}, {x} {row[x]}: {key} {compact(item) if math.isfinite(item) else 'none'}"
                 + (f" ({row['note']})" if row.get("note") else "")
@@ -266,19 +326,14 @@ def _heatmap(name: str, rows: Rows, x: str, y: str, value: str | None) -> Drawin
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        first = [text.split("–")[0] or text for text in columns]  # the first of a cell of several
-        for axis, names, room in ((axes.xaxis, first, 14), (axes.yaxis, lines, 24)):
-            step = (
-                max(1, math.ceil(len(names) * ((max(map(len, names)) + 2) / 6 if axis is axes.xaxis else 1) / room))
-                if len(names) > 1
-                else 1
-            )
-            axis.set_ticks([place + 0.5 for place in range(0, len(names), step)], names[::step])
+        _name_columns(axes, first, 0.5)
+        step = max(1, math.ceil(len(lines) / 24))
+        axes.set_yticks([place + 0.5 for place in range(0, len(lines), step)], lines[::step])
         return {"cells": texts}
 
     return Drawing(
-        _canvas(name, min(6.5, 0.9 + 0.26 * len(lines)), paint),
-        scale=(compact(-reach if diverging else least), compact(reach + least), diverging),
+        _canvas(name, min(6.5, 0.9 + 0.26 * len(lines)) + _slant_height(first), paint),
+        scale=(compact(-reach if low < 0 else 0), compact(0 if cold else reach), "diverging" if diverging else "cold" if cold else ""),
     )
 
 

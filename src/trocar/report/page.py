@@ -11,6 +11,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -188,7 +189,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _reads_as_number(text: str) -> bool:
-    return not text or not math.isnan(number(text))
+    """Whether a cell belongs on the right: a number, or one with sign and percent."""
+    return not text or not math.isnan(number(text)) or re.fullmatch(r"[+−±]?[\d,.]+(e[+-]?\d+)?( %)?", text) is not None
 
 
 def _cell_of(text: str) -> str:
