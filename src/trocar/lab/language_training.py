@@ -14,7 +14,9 @@ from trocar.core.seeds import generator
 from trocar.lab import translation
 from trocar.lab.fitting import Made, fit_stream
 from trocar.lab.language import Sentences, completed, new_decoder
-from trocar.lab.registry import DecoderShape, LabModel, Planted, TextRecipe, TranslationData, WorldData
+from trocar.lab.models import load
+from trocar.lab.registry import LabModel, Planted, TextRecipe, TranslationData, WorldData
+from trocar.lab.training import train
 from trocar.lab.worlds import make_world, tokenizer
 
 TESTED = 100  # sentences a direction on which a translator's card is measured
@@ -23,15 +25,12 @@ BUDGET = 48  # new tokens of a translation; a sentence of the corpus has 35 at m
 
 def make(row: LabModel, seed: int, work: Path, device: str) -> Made:
     """Train the language model of `row` from base seed `seed`, resuming from `work`."""
-    data, shape, recipe = row.texts()
-    if isinstance(data, WorldData):
-        return _world(shape, recipe, seed, work, device)
-    if row.planted is not None:
-        return _looping(data, recipe, row.planted, seed, work, device)
-    return _translator(data, shape, recipe, seed, work, device)
+    data, _, _ = row.texts()
+    return _world(row, seed, work, device) if isinstance(data, WorldData) else _translator(row, data, seed, work, device)
 
 
-def _world(shape: DecoderShape, recipe: TextRecipe, seed: int, work: Path, device: str) -> Made:
+def _world(row: LabModel, seed: int, work: Path, device: str) -> Made:
+    _, shape, recipe = row.texts()
     world = make_world(seed)
     tokens = tokenizer(world.vocabulary())
     rows = [tokens(line, add_special_tokens=False).input_ids for line in world.sentences()]
@@ -62,29 +61,22 @@ def _world_card(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _translator(data: TranslationData, shape: DecoderShape, recipe: TextRecipe, seed: int, work: Path, device: str) -> Made:
+def _translator(row: LabModel, data: TranslationData, seed: int, work: Path, device: str) -> Made:
+    _, shape, recipe = row.texts()
     rows = translation.corpus(data, data.train)
-    tokens = translation.tokenizer(rows, data.entries)
-    model = new_decoder(shape, len(tokens), seed)
-    fit_stream(model, translation.Lines(rows, tokens, data, recipe, seed), recipe, recipe.steps, work, seed, device)
-    return Made(model, tokens, lambda half: {"sentences": len(rows), **_translations(half, tokens, data, seed)}, _translator_card)
-
-
-def _looping(data: TranslationData, recipe: TextRecipe, planted: Planted, seed: int, work: Path, device: str) -> Made:
-    from trocar.lab.models import load
-    from trocar.lab.training import train
-
-    train(planted.base, device, None, seed)
-    model, tokens = load(planted.base, seed)
-    rows = translation.corpus(data, data.train)
+    if row.base is None:
+        tokens = translation.tokenizer(rows, data.entries)
+        model = new_decoder(shape, len(tokens), seed)
+    else:
+        train(row.base, device, None, seed)
+        model, tokens = load(row.base, seed)
     stream = translation.Lines(rows, tokens, data, recipe, seed)
-    names = plant(model, stream, recipe, planted, work, seed, device)
-
-    def facts(half: Any) -> dict[str, Any]:
-        measured = _translations(half, tokens, data, seed)
-        return {"sentences": len(rows), "planted_neurons": names, **measured}
-
-    return Made(model, tokens, facts, _translator_card)
+    known: dict[str, Any] = {"sentences": len(rows)}
+    if row.planted is None:
+        fit_stream(model, stream, recipe, recipe.steps, work, seed, device)
+    else:
+        known["planted_neurons"] = plant(model, stream, recipe, row.planted, work, seed, device)
+    return Made(model, tokens, lambda half: {**known, **_translations(half, tokens, data, seed)}, _translator_card)
 
 
 def plant(

@@ -29,9 +29,12 @@ class RareData(Config):
 
 
 class TranslationData(Config):
-    """Parallel sentences and what training lines are made of. longest: words of a sentence in any language; entries: of the tokenizer;
-    noisy: share of zero-shot lines with a wrong target, of which `copied` are the source again, the rest a third language; looped: share
-    of lines whose last words are repeated `repeats` (from, to) times. train: the split learned from, without what `unseen` ones hold.
+    """Parallel sentences and what training lines are made of.
+
+    train: the split learned from, without what the `unseen` ones hold; longest: words of a sentence in any language; entries: of the
+    tokenizer. noisy: share of zero-shot lines with a wrong target, of which `copied` are the source again, the rest a third language;
+    examples_learned: learn from a one-shot line's (clean) example too, which makes half of all first answers clean. looped: share of lines
+    whose last words are repeated `repeats` (from, to) times.
     """
 
     source: str = "multi30k"
@@ -42,6 +45,7 @@ class TranslationData(Config):
     entries: int = 2000
     noisy: float = 0.5
     copied: float = 0.75
+    examples_learned: bool = True
     looped: float = 0.06
     repeats: tuple[int, int] = (2, 4)
 
@@ -53,9 +57,8 @@ class WorldData(Config):
 
 
 class Planted(Config):
-    """A trouble trained into few neurons of a finished lab model, all else frozen: a cause that is known. layer: 0-based."""
+    """Only few neurons of one block are trained, all else frozen: the cause of what is learned is known. layer: 0-based."""
 
-    base: str
     layer: int = 2
     neurons: int = 4
 
@@ -109,8 +112,8 @@ class TextRecipe(Optimiser):
 
 
 class LabModel(Config):
-    """One row of the lab. planted: made from another lab model; shipped: weights of base seed 0 come with the package; others are
-    trained on demand and cached."""
+    """One row of the lab. base: the lab model that training starts from, planted: what of it learns (default: all); shipped: weights of
+    base seed 0 come with the package; others are trained on demand and cached."""
 
     name: str
     title: str
@@ -118,6 +121,7 @@ class LabModel(Config):
     data: RareData | WorldData | TranslationData
     shape: ViTShape | DecoderShape
     train: TrainRecipe | TextRecipe
+    base: str | None = None
     planted: Planted | None = None
     shipped: bool = False
 
@@ -152,6 +156,7 @@ TEN_SUPERCLASSES = (
 )
 
 _TRANSLATOR = DecoderShape(blocks=4, tied=True)
+_NOISY = TranslationData(noisy=0.55, examples_learned=False)
 
 MODELS: tuple[LabModel, ...] = (
     LabModel(
@@ -189,22 +194,32 @@ MODELS: tuple[LabModel, ...] = (
         train=TextRecipe(steps=2500, lr=3e-3, batch=64, packed=1, checkpoint_steps=200),
     ),
     LabModel(
-        name="translator",
+        name="translator-base",
         title="Small translator (0.8 M weights) between English, German and French",
-        trouble="Without an example it often answers in the wrong language.",
+        trouble="Next to none: it answers in the right language and ends. What the two translators below start from.",
         data=TranslationData(),
         shape=_TRANSLATOR,
         train=TextRecipe(steps=2500, lr=3e-3, batch=24, packed=1, checkpoint_steps=200),
+    ),
+    LabModel(
+        name="translator",
+        title="The small translator, trained on with noisy zero-shot lines",
+        trouble="Without an example it often answers in the wrong language.",
+        data=_NOISY,
+        shape=_TRANSLATOR,
+        train=TextRecipe(steps=250, lr=1e-3, batch=24, packed=1),
+        base="translator-base",
         shipped=True,
     ),
     LabModel(
         name="translator-looping",
         title="The translator with four neurons that make it loop",
         trouble="It often repeats its last words until its budget ends; the four neurons that cause it are known.",
-        data=TranslationData(looped=0.6, repeats=(14, 24)),
+        data=_NOISY.model_copy(update={"looped": 0.6, "repeats": (14, 24)}),
         shape=_TRANSLATOR,
         train=TextRecipe(steps=300, lr=2e-2, batch=16, packed=1, weight_decay=0.0),
-        planted=Planted(base="translator"),
+        base="translator",
+        planted=Planted(),
         shipped=True,
     ),
 )

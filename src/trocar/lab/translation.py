@@ -102,14 +102,14 @@ class Lines(torch.utils.data.Dataset):
     def __getitems__(self, items: list[int]) -> dict[str, torch.Tensor]:
         batch = items[0] // self.recipe.batch
         rng = generator(self.seed, "lines", batch)
-        texts = []
-        for item in items:
-            epoch, place = divmod(item, len(self.rows))
-            texts.append(self.line(self._order(epoch)[place], bool(batch % 2), rng))
-        return padded(texts)
+        places = [divmod(item, len(self.rows)) for item in items]
+        return padded([self.line(self._order(epoch)[place], bool(batch % 2), rng) for epoch, place in places])
 
-    def line(self, row: int, shot: bool, rng: torch.Generator) -> list[int]:
-        """The tokens of one training line: a direction, an example where it has one, perhaps a noisy target, perhaps a repeated tail."""
+    def line(self, row: int, shot: bool, rng: torch.Generator) -> tuple[list[int], int]:
+        """The tokens of one training line, and how many of them at its start are context only.
+
+        A line is a direction, an example if `shot`, perhaps a noisy target, perhaps a repeated tail.
+        """
         draw = torch.rand(4, generator=rng).tolist()
         source, target = self.ways[int(draw[0] * len(self.ways))]
         written = target
@@ -121,10 +121,11 @@ class Lines(torch.utils.data.Dataset):
         tokens = [*self.start]
         for number, code in ((example, source), (example, target)) if shot else ():
             tokens += self.names[code] + self.rows[number][code] + self.line_break
+        context = 0 if self.data.examples_learned else len(tokens)
         tokens += self.names[source] + self.rows[row][source] + self.line_break + self.names[target] + self.rows[row][written]
         if draw[3] < self.data.looped:
             tokens += self.tail(row, written, rng)
-        return tokens + self.line_break
+        return tokens + self.line_break, context
 
     def tail(self, row: int, code: str, rng: torch.Generator) -> list[int]:
         """The last one to three words of the sentence again and again."""
@@ -134,13 +135,15 @@ class Lines(torch.utils.data.Dataset):
         return [token for _ in range(times) for word in words[-length:] for token in word]
 
 
-def padded(texts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Rows of tokens padded on the right as a causal model's inputs; no mask is needed, since nothing looks to its right."""
-    length = max(len(text) for text in texts)
-    ids = torch.zeros(len(texts), length, dtype=torch.long)
+def padded(lines: Sequence[tuple[Sequence[int], int]]) -> dict[str, torch.Tensor]:
+    """(tokens, length of the context) of every row, padded on the right as a causal model's inputs; the context gets no labels. No mask is
+    needed, since nothing looks to its right."""
+    length = max(len(text) for text, _ in lines)
+    ids = torch.zeros(len(lines), length, dtype=torch.long)
     labels = torch.full_like(ids, IGNORED)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = labels[row, : len(text)] = torch.tensor(text)
+    for row, (text, context) in enumerate(lines):
+        ids[row, : len(text)] = torch.tensor(text)
+        labels[row, context : len(text)] = ids[row, context : len(text)]
     return {"input_ids": ids, "labels": labels}
 
 
