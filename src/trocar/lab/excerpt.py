@@ -25,7 +25,6 @@ from trocar.lab.translation import corpus
 ATTRIBUTION = {
     "cifar100": "CIFAR-100 (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009), free for research; "
     "re-encoded as WebP, quality 85",
-    "multi30k": "Multi30k task 1 (D. Elliott et al., Multi30K: Multilingual English-German Image Descriptions, 2016), research use",
 }
 
 
@@ -79,8 +78,8 @@ def write_excerpt(name: str, out: Path | None = None, n_groups: int = 3, per_gro
 def write_sentences(name: str, out: Path | None = None, per_split: Mapping[str, int] | None = None) -> Path:
     """Write `excerpts/SOURCE-short.jsonl.gz` for the shipped translator `name`: parallel sentences as its corpus has them.
 
-    Columns: split (`train`, and those the model never saw), one a language, attribution in the first row only. per_split: how many of each
-    split, in the corpus's order; default 250 of the training sentences (drawn evenly) and all others.
+    Columns: split (`train`, and those the model never saw), and one a language. per_split: how many of each split, taken evenly in the
+    corpus's order; default 250 of the training sentences and all others. Where they come from stands in `excerpts/README.md`.
     """
     data, _, _ = get(name).texts()
     if not isinstance(data, TranslationData):
@@ -91,7 +90,6 @@ def write_sentences(name: str, out: Path | None = None, per_split: Mapping[str, 
         most = (per_split or {data.train: 250}).get(part, len(found))
         step = max(1, len(found) // most)
         rows += [{"split": part, **row} for row in found[::step][:most]]
-    rows[0]["attribution"] = ATTRIBUTION[data.source]
     path = out or EXCERPTS / f"{data.source}-short.jsonl.gz"
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_bytes(path, gzip.compress(lines.encode(), mtime=0))
