@@ -9,6 +9,7 @@ last position changes, so all heads of all layers are rows of a few short passes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -111,7 +112,8 @@ def head_effects(
     change = _operation(operation)
     sets: list[list[Intervention]] = [[]]  # the unchanged model comes first
     sets += [[change(head, _of_head(layers, head), where)] for head in chosen]
-    scores = sweep(anatomy, asked.inputs, sets, asked.metric, batch_size=batch_size, read=asked.read, tell=tell)
+    with running(anatomy, grad=False):
+        scores = sweep(anatomy, asked.inputs, sets, asked.metric, batch_size=batch_size, read=asked.read, tell=tell)
     found = scores.double().numpy()
     how = _how(anatomy, "head effects", operation, asked) if how is None else how
     return HeadEffects(chosen, (found[1:] - found[0]).T, found[0], how)
@@ -141,7 +143,7 @@ def head_estimates(
     points = [Point("heads", layer, tower.name) for layer in range(tower.n_layers)]
     effects, before = np.zeros((len(asked), len(chosen))), np.zeros(len(asked))
     for rows in torch.arange(len(asked)).split(batch_size):
-        with gradients(anatomy):
+        with running(anatomy, grad=True):
             inputs = select_rows(anatomy, prepared(anatomy, asked.inputs, asked.read), tower, len(asked), rows)
             ends = [asked.end()[row] for row in rows.tolist()]
             first = 0 if why_no_position(anatomy, tower, inputs) else inputs["input_ids"].shape[1] + min(end for (end,) in ends)
@@ -152,13 +154,13 @@ def head_estimates(
             with intervene(anatomy, adds), record(anatomy, points, ends) as seen:
                 answers = asked.metric(Prefix(captured, 0, first).run(), rows)
             slopes = torch.autograd.grad(answers.sum(), shifts)
-        before[rows] = answers.detach().double().cpu().numpy()
+        before[rows.numpy()] = answers.detach().double().cpu().numpy()
         for place, head in enumerate(chosen):
             now = seen[points[head.layer]][:, 0, head.index].detach()
             value = _of_head(layers, head)
             value = value[rows.to(value.device)] if isinstance(value, torch.Tensor) and value.ndim == 2 else value
             change = {"replace": value - now, "add": value + torch.zeros_like(now), "scale": (value - 1) * now}[operation]
-            effects[rows, place] = (change * slopes[head.layer][:, head.index]).double().sum(-1).cpu().numpy()
+            effects[rows.numpy(), place] = (change * slopes[head.layer][:, head.index]).double().sum(-1).cpu().numpy()
     how = _how(anatomy, "head effects to first order", operation, asked) if how is None else how
     return HeadEffects(chosen, effects, before, how)
 
@@ -202,25 +204,15 @@ def prepared(anatomy: Anatomy, inputs: Mapping[str, Any], read: str) -> dict[str
     return full
 
 
-class gradients:
-    """Inside, gradients are computed whatever the caller has switched off, and the model is known to allow it."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        if anatomy.model.training:
-            raise DataError("The model is in training mode, and dropout would decide the result.", "Call model.eval() first.")
-        if any(parameter.is_inference() for parameter in anatomy.model.parameters()):
-            raise DataError(
-                "The model was made under torch.inference_mode, where nothing can be differentiated.", "Load it outside of that context."
-            )
-        self.modes = (torch.inference_mode(False), torch.enable_grad())
-
-    def __enter__(self) -> None:
-        for mode in self.modes:
-            mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
+@contextmanager
+def running(anatomy: Anatomy, grad: bool) -> Iterator[None]:
+    """Inside, gradients are computed or not as said here, whatever the caller has switched off, and the model is known to allow it."""
+    if anatomy.model.training:
+        raise DataError("The model is in training mode, and dropout would decide the result.", "Call model.eval() first.")
+    if grad and any(parameter.is_inference() for parameter in anatomy.model.parameters()):
+        raise DataError("The model was made under torch.inference_mode and has no gradients.", "Load it outside of that context.")
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------------------------
@@ -254,7 +246,7 @@ def _recorded(anatomy: Anatomy, prompts: Prompts, batch_size: int) -> Iterator[t
             whole: Any = prompts.inputs if isinstance(prompts, Asked) else prompts
             inputs = select_rows(anatomy, whole, tower, len(order), rows)
             where = [prompts.end()[row] for row in rows.tolist()] if isinstance(prompts, Asked) else "last"
-        with torch.no_grad(), record(anatomy, points, where) as seen:
+        with running(anatomy, grad=False), record(anatomy, points, where) as seen:
             anatomy.model(**prepared(anatomy, inputs, "last"), use_cache=False)
         yield rows, [seen[point][:, 0] for point in points]
 

@@ -23,7 +23,7 @@ import torch
 from trocar.anatomy import Anatomy, Tower, fingerprint
 from trocar.core.errors import DataError, ScoresError
 from trocar.core.progress import track
-from trocar.locate.heads import check_tokens, decoder, gradients, prepared
+from trocar.locate.heads import check_tokens, decoder, prepared, running
 from trocar.locate.scores import How, Scores
 from trocar.trace import Point, Replace, intervene, record
 from trocar.trace.prefix import SEQUENCE, Captured, Prefix, capture, why_no_position
@@ -114,6 +114,8 @@ def neuron_attributions(
     wanted = [int(token) for token in torch.as_tensor(targets).tolist()]
     if len(rows) != len(wanted) or not wanted:
         raise DataError(f"{len(rows)} rows and {len(wanted)} targets cannot be paired.", "Give one target for every row, and at least one.")
+    if not all(rows):
+        raise DataError("There is an empty row.", "Give at least one token a row.")
     check_tokens(anatomy, wanted)
     if grid == "auto":
         grid = "log" if any(tower.has(layer, "mlp_post_norm") for layer in range(tower.n_layers)) else "midpoint"
@@ -127,7 +129,7 @@ def neuron_attributions(
     full, none, sums = (np.full(len(rows), np.nan) for _ in range(3))
     groups = list(_groups(families(rows), max(1, batch_size // (len(points) + 2))))
     for group in track(groups, "neuron attributions"):
-        with gradients(anatomy):
+        with running(anatomy, grad=True):
             for instances, found, ends in _attribute(anatomy, tower, group, rows, wanted, points, per_layer, batch_size, reuse):
                 total += found.sum(0).cpu().numpy()
                 sums[instances] = found.sum(1).cpu().numpy()

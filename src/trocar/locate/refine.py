@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -35,7 +35,11 @@ def top_mask(scores: Scores, k: int | float, positive: bool = False, name: str =
     return mask
 
 
-def top_masks(by_setting: Mapping[str, Scores | None], k: int | float, positive: bool = False) -> dict[str, Scores | None]:
+@overload
+def top_masks(by_setting: Mapping[str, Scores], k: int | float, positive: bool = False) -> dict[str, Scores]: ...
+@overload
+def top_masks(by_setting: Mapping[str, Scores | None], k: int | float, positive: bool = False) -> dict[str, Scores | None]: ...
+def top_masks(by_setting: Mapping[str, Any], k: int | float, positive: bool = False) -> dict[str, Any]:
     """`top_mask` of each setting; None (a setting without usable cases) stays None."""
     return {name: None if scores is None else top_mask(scores, k, positive, name) for name, scores in by_setting.items()}
 
