@@ -113,7 +113,7 @@ def test_missing_settings_are_left_out_and_named():
     with pytest.raises(ScoresError, match=re.escape("min_settings=3 is outside 1..2")):
         refine(masks, min_settings=3)
     lonely = {"en-de": masks["en-de"], "de-en": None}
-    with pytest.raises(ScoresError, match="too few to refine.*de-en.*alone=True"):
+    with pytest.raises(ScoresError, match=r"too few to refine.*de-en.*alone=True"):
         refine(lonely)
     assert refine(lonely, alone=True).mask.open_names() == masks["en-de"].open_names()
     with pytest.raises(ScoresError, match="too few"):
