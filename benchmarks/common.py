@@ -152,20 +152,23 @@ def _plain(value: Any) -> Any:
     return value.as_posix() if isinstance(value, Path) else value
 
 
-def paired_seconds(ours: Callable[[], object], peer: Callable[[], object], repeats: int, seed: int = 0) -> dict[str, Any]:
+def paired_seconds(
+    ours: Callable[[], object], peer: Callable[[], object], repeats: int, seed: int = 0, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """Time two ways of doing the same work in turn, so that a busy machine slows both; returns medians and the ratio peer / ours.
 
     Each is called once to warm up, then `repeats` times in pairs whose order alternates. `ratio` is median(peer) / median(ours),
     `ratio_low` and `ratio_high` its 95 % interval from 2,000 bootstrap samples of the pairs. Work queued on a GPU is waited for.
+    clock: `time.process_time` for work of one thread on a machine that is busy otherwise.
     """
     if repeats < 2:
         raise ValueError(f"repeats must be at least 2 for an interval, not {repeats}.")
     for work in (ours, peer):
-        seconds_of(work)
+        seconds_of(work, clock)
     times = np.empty((repeats, 2))
     for index in range(repeats):
         for which in (0, 1) if index % 2 == 0 else (1, 0):
-            times[index, which] = seconds_of((ours, peer)[which])
+            times[index, which] = seconds_of((ours, peer)[which], clock)
     medians = np.median(times, axis=0)
     picks = np.random.default_rng(seed).integers(repeats, size=(2000, repeats))
     sampled = np.median(times[picks], axis=1)
@@ -180,13 +183,13 @@ def paired_seconds(ours: Callable[[], object], peer: Callable[[], object], repea
     }
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall seconds of one call, including work it queued on a GPU."""
+def seconds_of(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Wall seconds of one call (or those of another clock), including work it queued on a GPU."""
     _wait()
-    start = time.perf_counter()
+    start = clock()
     work()
     _wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait() -> None:
