@@ -1,4 +1,4 @@
-"""What reading and intervening cost: against the bare model, nnsight and TransformerLens, and a sweep against one pass per head.
+"""What reading and intervening cost: against the bare model, nnsight and TransformerLens. Sweeps over heads: `head_effects.py`.
 
 Needs an environment with both peers (they pin more than Trocar does):
 
@@ -9,8 +9,8 @@ A peer that is not installed is left out, and said so in the result. All models 
 (TransformerLens asks for it): `small` has 12 blocks of width 768, `tiny` 12 of width 32, where a pass is so short that overheads show.
 The peers open a context for every pass; Trocar is measured so, and with one context for ten passes. Every way of recording is checked to
 give the same tensor before it is timed. The ways take turns within a round; reported is the median over rounds of (pass with recording -
-that tool's own pass without), with the 95 % interval of the median from the order statistics, in processor time (the sweep and the
-untouched model: wall time).
+that tool's own pass without), with the 95 % interval of the median from the order statistics, in processor time (the untouched model:
+wall time).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 from common import arguments, paired_seconds, write_result
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trocar.anatomy import Anatomy, Head
-from trocar.trace import Scale, SweepReport, intervene, record, sweep
+from trocar.anatomy import Anatomy
+from trocar.trace import Scale, intervene, record, sweep
 
 POINT = "L5.resid_post"
 PASSES = 10
@@ -190,37 +190,9 @@ def time_untouched(rounds: int) -> dict[str, Any]:
     return paired_seconds(lambda: used(input_ids=ids), lambda: fresh(input_ids=ids), rounds)
 
 
-def time_sweep(length: int, prompts: int, repeats: int) -> tuple[dict[str, Any], SweepReport]:
-    """The effect of every head at the last token, in one sweep and with one pass per head and prompt."""
-    model = build("small")
-    ids = torch.randint(0, 50257, (prompts, length), generator=torch.Generator().manual_seed(2))
-    anatomy = Anatomy.of(model)
-    items = [Scale(head, 0.0, "last") for head in anatomy.components(Head)]
-    reports: list[SweepReport] = []
-
-    def metric(output: Any, rows: torch.Tensor) -> torch.Tensor:
-        return output.logits[:, -1].log_softmax(-1)[:, 7]
-
-    def ours() -> torch.Tensor:
-        return sweep(anatomy, {"input_ids": ids}, items, metric, batch_size=48, read="last", tell=reports.append)
-
-    def one_by_one() -> torch.Tensor:
-        scores = torch.empty(len(items), prompts)
-        for number, item in enumerate(items):
-            for row in range(prompts):
-                with intervene(anatomy, item):
-                    output = model(input_ids=ids[row : row + 1], logits_to_keep=1, use_cache=False)
-                scores[number, row] = metric(output, torch.tensor([row]))[0]
-        return scores
-
-    torch.testing.assert_close(ours(), one_by_one(), atol=1e-5, rtol=1e-5)
-    return paired_seconds(ours, one_by_one, repeats), reports[0]
-
-
 def main() -> None:
     options = arguments("trace", "What reading and intervening cost.")
     rounds = {"tiny": 300 if options.quick else 1000, "small": 40 if options.quick else 200}
-    length, prompts, repeats = (48, 2, 2) if options.quick else (128, 4, 5)
     timings: list[dict[str, Any]] = []
     with torch.no_grad():
         timings.append(
@@ -239,21 +211,13 @@ def main() -> None:
             mine, bare = time_standing(shape, rounds[shape] // 5)
             task = f"record {POINT}, one context for {PASSES} passes, time per pass beyond it ({shape})"
             timings.append(compared(task, mine, "a bare PyTorch hook", bare))
-        heads, report = time_sweep(length, prompts, repeats)
-        timings.append(
-            {
-                "task": f"effect of 144 heads at the last of {length} tokens, {prompts} prompts",
-                "peer": "one pass per head and prompt",
-                **heads,
-            }
-        )
     versions = {}
     for peer in ("nnsight", "transformer-lens"):
         try:
             versions[peer] = importlib.metadata.version(peer)
         except importlib.metadata.PackageNotFoundError:
             versions[peer] = "not installed, left out"
-    settings = {"quick": options.quick, "rounds": rounds, "peers": versions, "plain_pass_s": passes, "sweep_share": report.share}
+    settings = {"quick": options.quick, "rounds": rounds, "peers": versions, "plain_pass_s": passes}
     write_result(options.out, "trace", [0], settings, timings=timings)
     for row in timings:
         ratio = "not resolved" if row["ratio"] is None else f"ratio {row['ratio']:.2f}"
