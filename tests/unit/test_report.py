@@ -14,9 +14,11 @@ import pytest
 from run_folder import AFTER, BEFORE, make
 
 from trocar.core.errors import RunError
+from trocar.locate import How, Scores
 from trocar.report import terminal_table, verdict_line, write_report
 from trocar.report.figures import SVG, draw
 from trocar.report.numbers import arrow, change, compact, direction, interval, probability, size
+from trocar.report.where import scores_map
 from trocar.result import FILE, TableRow, read_result, write_result
 
 
@@ -284,11 +286,33 @@ def test_failed_and_unchecked_runs_say_so(tmp_path):
 def test_measurements_on_other_states_are_marked(folder):
     assert "made on exactly these two states" in write_report(folder).read_text()
     content = json.loads((folder / FILE).read_text())
-    content["table"][1]["state_after"] = "another"
+    content["table"][1]["state_after"] = "f" * 32
     (folder / FILE).write_text(json.dumps(content))
     text = write_report(folder).read_text()
     assert "on other states than below" in text
-    assert "1 measurements were made on other states" in text
+    assert "1 measurement was made on other states" in text
+    content["table"][1]["state_after"] = "each of 6 edits"
+    (folder / FILE).write_text(json.dumps(content))
+    text = write_report(folder).read_text()
+    assert "after each of 6 edits" in text
+    assert "on other states" not in text
+    assert "1 measurement is not of this one state after" in text
+
+
+def test_one_component_a_layer_lies_side_by_side():
+    blocks = scores_map(Scores("attention", "", {f"L{n}.attn": n / 10 for n in range(4)}, How("patching")))
+    assert [row["layer"] for row in blocks.rows] == ["L0", "L1", "L2", "L3"]
+    assert (blocks.x, {row["component"] for row in blocks.rows}) == ("layer", {"attention"})
+    assert "4 attention modules scored" in blocks.caption
+    mask = scores_map(Scores("block", "", {"L0": 1, "L1": 0}, How("top")))
+    assert mask.x == "layer"
+    assert mask.listed == "chosen"
+
+
+def test_a_list_of_findings_is_readable(folder):
+    change_result(folder, log={"layers": [{"layer": 4, "share": 0.123456}, {"layer": 5, "share": None}]})
+    text = re.sub(r"\s+", " ", " ".join(Page(write_report(folder).read_text()).text))
+    assert "layers · 0 layer 4, share 0.1235" in text
 
 
 def test_a_run_without_optional_parts(folder):

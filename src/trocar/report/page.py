@@ -210,7 +210,7 @@ def _check(result: Result, check: Any) -> dict[str, Any]:
     signs = {">=": "≥", "<=": "≤", "==": "="}
 
     def text(value: float | None) -> str:
-        if row is None or check.statistic in ("p", "n", "ratio"):
+        if row is None or check.statistic in ("p", "n", "ratio") or (value == 0 and check.statistic not in ("before", "after")):
             return numbers.compact(value)
         return numbers.shown(row, value) if check.statistic in ("before", "after") else numbers.change(row, value)
 
@@ -224,15 +224,19 @@ def _check(result: Result, check: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _foreign(result: Result, row: TableRow) -> bool:
-    """Whether a measurement was made on other states than the model's, before and after."""
+def _foreign(result: Result, row: TableRow) -> dict[str, Any] | None:
+    """What to say of a measurement that was made on other states than the model's before and after: in the method's words where it gave
+    words for the state after (`each of 6 edits`), else as something that should not be."""
     known = result.model.fingerprint_before, result.model.fingerprint_after
-    return (row.state_before, row.state_after) != known
+    if (row.state_before, row.state_after) == known:
+        return None
+    told = row.state_before == known[0] and not re.fullmatch(r"[0-9a-f]{32}", row.state_after)
+    return {"note": f"after {row.state_after}" if told else "on other states than below", "told": told}
 
 
 def _dumbbell(row: TableRow) -> dict[str, float] | None:
-    """Places (0..100) of a share before and after on a line from 0 to 100 %."""
-    if row.form != "share":
+    """Places (0..100) of a share or a probability before and after on a line from 0 to 100 %."""
+    if row.form != "share" and not row.scorer.startswith("probability"):
         return None
     before, after = (100 * min(max(value, 0.0), 1.0) for value in (row.before, row.after))
     return {
@@ -253,6 +257,8 @@ def _cell(value: Any) -> str:
         return numbers.compact(value)
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
     return str(value)
 
 
@@ -260,5 +266,8 @@ def _flat(content: Mapping[str, Any], path: str = "") -> Any:
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{key} · ")
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+            for number_, item in enumerate(value):
+                yield f"{path}{key} · {number_}", item
         else:
             yield f"{path}{key}", value

@@ -20,7 +20,9 @@ def verdict_line(result: Result) -> str:
     many = len(result.checks)
     if result.verdict == "unchecked":
         return "measured, but no checks were asked for"
-    return f"all {many} checks hold" if held == many else f"{many - held} of {many} checks do{'es' if many - held == 1 else ''} not hold"
+    if held == many:
+        return "the check holds" if many == 1 else f"all {many} checks hold"
+    return f"{many - held} of {many} checks do{'es' if many - held == 1 else ''} not hold"
 
 
 def terminal_table(result: Result) -> Group:

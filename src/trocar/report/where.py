@@ -33,6 +33,7 @@ def scores_map(scores: Scores) -> Map:
     width = matrix.values.shape[1]
     per_cell = -(-width // COLUMNS)
     mask, rows = scores.is_mask, []
+    x = "index" if width > 1 else "layer"
     value = ("share chosen" if per_cell > 1 else "chosen") if mask else ("highest score" if per_cell > 1 else "score")
     for line, label in enumerate(matrix.rows):
         for start in range(0, width, per_cell):
@@ -51,7 +52,9 @@ def scores_map(scores: Scores) -> Map:
                 else ""
             )
             rows.append({"index": where, "component": label.rstrip(".").removesuffix(".H").removesuffix(".N"), value: number, "note": note})
-    what = {"head": "heads", "neuron": "neurons", "channel": "channels"}.get(scores.kind, f"{scores.kind}s")
+    if width == 1:  # one component a layer: layers side by side
+        rows = [{"layer": row["component"], "component": scores.kind, value: row[value], "note": row["note"]} for row in rows]
+    what = {"attention": "attention modules", "mlp": "MLPs"}.get(scores.kind, f"{scores.kind}s")
     told = f"{scores.count():,} of {len(scores):,} {what} chosen" if mask else f"{len(scores):,} {what} scored"
     caption = f"{told} by {scores.how.method}{f' on {scores.how.data}' if scores.how.data else ''}."
     if per_cell > 1:
@@ -59,5 +62,5 @@ def scores_map(scores: Scores) -> Map:
     if mask:
         chosen = {name: (int((array == 1).sum()), array.size) for name, array in scores.groups.items()}
         listing = [(name, f"{count:,} of {size:,}") for name, (count, size) in chosen.items() if size > 1 or count]
-        return Map(rows, "index", "component", value, caption, listing[:24], "chosen")
-    return Map(rows, "index", "component", value, caption, [(name, compact(number)) for name, number in scores.ranked(12)], "highest")
+        return Map(rows, x, "component", value, caption, listing[:24], "chosen")
+    return Map(rows, x, "component", value, caption, [(name, compact(number)) for name, number in scores.ranked(12)], "highest")
