@@ -53,7 +53,7 @@ def find_loop(text: str, characters: bool = False, mode: Mode = "rule") -> Loop 
     items, places = _items(text, characters)
     if len(items) < 2 and (characters or not items):
         return None
-    find = _period if mode == "rule" else _reference_period
+    find = find_period if mode == "rule" else _reference_period
     if found := find(items, len(items)):
         return _loop(text, places, found, characters)
     if characters or len(items[-1]) <= INSIDE:
@@ -91,8 +91,14 @@ def _loop(text: str, places: Sequence[tuple[int, int]], found: tuple[int, int], 
     return Loop(start, period, text[:begin], text[begin:end], characters)
 
 
-def _period(items: Sequence[Hashable], whole: int) -> tuple[int, int] | None:
-    """(start, period) of the loop at the end of `items`, whose last item may be cut off. whole: how long the text is, in the same unit."""
+def find_period(items: Sequence[Hashable], whole: int | None = None) -> tuple[int, int] | None:
+    """(start, period) of the loop at the end of `items` (words, characters, tokens), whose last item may be cut off; see `find_loop`.
+
+    whole: how long the text is that the loop should fill half of, in the same unit; the items by default.
+    """
+    if len(items) < PERIODS:
+        return None
+    whole = len(items) if whole is None else whole
     known, last = items[:-1], items[-1]
     best = None
     for period in range(1, len(items) // PERIODS + 1):
