@@ -127,17 +127,23 @@ def factors(model: Any, suppress: Chosen = (), enhance: Chosen = (), off: float 
 
 
 def random_like(model: Any, chosen: Chosen, kind: type, seed: int, without: Chosen = ()) -> list[Any]:
-    """As many components in the same layers, drawn from those that are not chosen (and not in `without`): the control of every claim."""
+    """As many components in the same layers, drawn from those that are not chosen (and not in `without`): the control of every claim.
+
+    Where a layer has too few left, the missing ones are drawn from the other layers. Raises DataError if the model has too few.
+    """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
     found = members(anatomy, chosen, kind)
     taken, rng = {*found, *members(anatomy, without, kind)}, np.random.default_rng(derive(seed, "random", kind.__name__))
-    drawn = []
+    drawn: list[Any] = []
     for layer in dict.fromkeys(one.layer for one in found):
         able = [one for one in anatomy.components(kind) if one.layer == layer and one not in taken]
         wanted = sum(one.layer == layer for one in found)
-        if len(able) < wanted:
-            raise DataError(f"Layer {layer} has only {len(able)} {kind.__name__.lower()}s left to draw {wanted} from.", "Locate fewer.")
-        drawn += [able[row] for row in rng.choice(len(able), wanted, replace=False).tolist()]
+        drawn += [able[row] for row in rng.choice(len(able), min(wanted, len(able)), replace=False).tolist()]
+    able = [one for one in anatomy.components(kind) if one not in taken and one not in drawn]
+    missing = len(found) - len(drawn)
+    if missing > len(able):
+        raise DataError(f"The model has only {len(able)} {kind.__name__.lower()}s left to draw {missing} from.", "Locate fewer.")
+    drawn += [able[row] for row in rng.choice(len(able), missing, replace=False).tolist()] if missing else []
     return sorted(drawn)
 
 

@@ -20,7 +20,7 @@ class Rules:
     """How outputs are made and judged.
 
     max_new_tokens: budget of an output (400 in the reference code). languages: codes the outputs may be in, besides the direction's.
-    mode: loop detector, see `trocar.evaluate.find_loop`. strict: too short to tell counts as the wrong language. batch_size: prompts a pass.
+    mode: loop detector (`evaluate.find_loop`). strict: too short to tell is wrong. batch_size: prompts a pass.
     """
 
     max_new_tokens: int = 400
