@@ -40,15 +40,15 @@ from trocar.edit.neurons.translations import from_data
 from trocar.evaluate import Measurement, corpus_score, perplexity
 from trocar.lab.texts import load_texts
 from trocar.patch import Patch
-from trocar.recipe.models import load_model, load_tokenizer
+from trocar.recipe import load_model, load_tokenizer
 
 MODELS = {"gemma3-270m": "Gemma 3 270M", "smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
 MEASURED = ("en-de", "en-fr")
 OTHERS = ("es", "it", "nl", "pt")  # languages an output may stray into
 SEED, DRAWS = 0, 3
 CONFIG = RecipeConfig(
-    directions=("en-de", "en-fr", "de-en", "fr-en"), what="both", head_shots=5, mean_prompts=40, corrupted_prompts=16, corruption="language",
-    cases=40, case_shots=1, loop_budget=120, unit_tokens=3, k_neurons=100, min_directions=3, strength=(0.1, 0.25, 0.5, 1.0), scale=(0.0,),
+    directions=("en-de", "en-fr", "de-en", "fr-en"), what="both", head_shots=4, mean_prompts=24, corrupted_prompts=12, corruption="language",
+    cases=30, case_shots=1, loop_budget=120, unit_tokens=3, k_neurons=100, min_directions=3, strength=(0.25, 0.5, 1.0, 2.0, 3.0), scale=(0.0,),
     tolerance=2.0, shots=(0, 1), validation=24, test_limit=40, max_new_tokens=40, languages=OTHERS, batch_size=20,
 )  # fmt: skip
 
@@ -57,7 +57,7 @@ def run(name: str, config: RecipeConfig, folder: Path) -> list[dict[str, Any]]:
     """All rows of one model."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     model, tokenizer = load_model(name).eval(), load_tokenizer(name)
-    work = Workspace(folder / name, {"model": name, "config": config.model_dump(mode="json")})
+    work = Workspace(folder / name, {"model": name})
     rules = Rules(config.max_new_tokens, config.languages, config.mode, config.strict, config.batch_size)
     corpus = Corpus.of(load_texts("multi30k:val"), "multi30k:val")
     test = Corpus.of(load_texts("multi30k:test_2016_flickr"), "multi30k:test_2016_flickr")
@@ -99,12 +99,16 @@ class _Case:
     def made(self, label: str, sentences: Sentences, ops: list[Any], shots: tuple[int, ...] | None = None) -> dict[int, Translations]:
         """Translations under `ops`, a unit for each number of shots."""
         found = {}
-        with Patch.of(self.model, ops).applied(self.model, verify="structure"):
+        patch = Patch.of(self.model, ops)
+        digest = patch.digest
+        with patch.applied(self.model, verify="structure"):
             for n, prompts in sentences.prompts.items():
                 if shots is None or n in shots:
                     part = Sentences(sentences.direction, sentences.pairs, {n: prompts})
                     stored = self.work.values(
-                        f"{label}-{n}", {}, lambda part=part, n=n: part.translate(self.model, self.tokenizer, self.rules)[n].data()
+                        f"{label}-{n}",
+                        {"prompts": list(prompts), "ops": digest, "tokens": self.rules.max_new_tokens},
+                        lambda part=part, n=n: part.translate(self.model, self.tokenizer, self.rules)[n].data(),
                     )
                     found[n] = from_data(stored, self.direction, self.rules)
         return found
@@ -160,7 +164,12 @@ class _Case:
             with Patch.of(self.model, [replace(op, positions=None) for op in ops]).applied(self.model, verify="structure"):
                 return perplexity(self.model, stream, 256).value
 
-        return self.work.values(f"perplexity-{label.replace(' ', '-')}", {"tokens": len(stream)}, compute) / plain.value
+        return (
+            self.work.values(
+                f"perplexity-{label.replace(' ', '-')}", {"tokens": len(stream), "ops": Patch.of(self.model, ops).digest}, compute
+            )
+            / plain.value
+        )
 
     def _row(self, model: str, label: str, shots: int, strength: float | None, allowed: bool, before: Translations, after: Translations,
              general: float) -> dict[str, Any]:  # fmt: skip

@@ -47,6 +47,17 @@ SUPPORT: dict[str, dict[str, str]] = {
         "vLLM": "merged checkpoint or LoRA adapter",
         "llama.cpp": "merged checkpoint, converted",
     },
+    "mt-editing": {
+        "float32": "yes",
+        "bfloat16": "yes",
+        "float16": "yes",
+        "quantised": "no",
+        "GGUF": "no",
+        "transformers": "patch; merged checkpoint for neurons scaled for good",
+        "transformers without trocar": "merged checkpoint, neurons scaled for good",
+        "vLLM": "merged checkpoint, neurons scaled for good",
+        "llama.cpp": "merged checkpoint, neurons scaled for good, converted",
+    },
 }
 
 

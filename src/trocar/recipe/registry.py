@@ -32,6 +32,11 @@ METHODS: dict[str, Entry] = {
         "edit",
         "repair two-hop questions that a language model fails although it knows both hops, without training",
     ),
+    "mt-editing": Entry(
+        "trocar.edit.neurons.recipe:METHOD",
+        "edit",
+        "keep a translating language model from answering in the wrong language and from looping",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from trocar.anatomy import Anatomy, Head, Neuron
 from trocar.core.errors import DataError, ScoresError
 from trocar.core.progress import track
 from trocar.edit.neurons.config import LocateConfig, RecipeConfig
-from trocar.edit.neurons.locate import Located, set_size
+from trocar.edit.neurons.locating import Located, set_size
 from trocar.edit.neurons.plan import factors, heads_add, neurons_scale, random_like, vector_add
 from trocar.edit.neurons.prompts import Direction, Pair, test_prompts
 from trocar.edit.neurons.translations import Rules, Translations, translate

@@ -15,7 +15,7 @@ from trocar.core.errors import ConfigError, DataError
 from trocar.core.workspace import Workspace
 from trocar.edit.neurons.config import RecipeConfig
 from trocar.edit.neurons.edit import NEEDED, Sentences, Trial, by_layer, choose, chosen_set, operations, overlaps, refined
-from trocar.edit.neurons.locate import Located, locate
+from trocar.edit.neurons.locating import Located, locate
 from trocar.edit.neurons.prompts import Corpus, Direction, prompt, split
 from trocar.edit.neurons.translations import Rules, Translations, from_data, sampling
 from trocar.evaluate import Measurement, corpus_score, perplexity, perplexity_measurement, translation_quality

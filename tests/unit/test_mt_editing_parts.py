@@ -33,6 +33,9 @@ DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2
 DE = Direction("en", "de")
 
 
+MOST = [f"L{layer}.N{neuron}" for layer in range(3) for neuron in range(30)]
+
+
 # prompts
 
 
@@ -311,7 +314,11 @@ def test_a_row_of_a_batch_is_the_prompt_alone(model):
         (lambda m, z: plan.neurons_scale(m, {"L0.N1": 0}, "last", permanent=True), EditError, "all positions"),
         (lambda m, z: plan.factors(m, ["L0.N1", "L0.N2"], ["L0.N2"]), EditError, r"L0\.N2 is to be suppressed and enhanced"),
         (lambda m, z: plan.vector_add(m, ["L0.H1"], z, layer=3), EditError, "0 to 2"),
-        (lambda m, z: plan.random_like(m, [f"L0.N{n}" for n in range(40)], Neuron, 0), DataError, "8 neurons left"),
+        (
+            lambda m, z: plan.random_like(m, [f"L{x}.N{n}" for x in range(3) for n in range(30)], Neuron, 0),
+            DataError,
+            "0 neurons left to draw 36",
+        ),
     ],
 )
 def test_what_no_plan_can_do(model, what, error, says):
