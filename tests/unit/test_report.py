@@ -297,6 +297,12 @@ def test_measurements_on_other_states_are_marked(folder):
     assert "after each of 6 edits" in text
     assert "on other states" not in text
     assert "1 measurement is not of this one state after" in text
+    for row in content["table"]:
+        row["state_after"] = "each of 6 edits"
+    (folder / FILE).write_text(json.dumps(content))
+    text = write_report(folder).read_text()
+    assert "Every number after is of each of 6 edits" in text  # once, not in every row
+    assert "after each of 6 edits" not in text
 
 
 def test_one_component_a_layer_lies_side_by_side():

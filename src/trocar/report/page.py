@@ -60,6 +60,7 @@ def _page(folder: Path, result: Result, there: str) -> str:
             "link": lambda name: quote(f"{there}{name}"),
         }
     )  # fmt: skip
+    told = _told(result)
     asked = {key: result.asked[key] for key in sorted(result.asked, key=_asked_order)}
     template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
     return template.render(
@@ -68,7 +69,8 @@ def _page(folder: Path, result: Result, there: str) -> str:
         asked=yaml.safe_dump(asked, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100),
         recipe="recipe.yaml" if (folder / "recipe.yaml").is_file() else None,
         checks=[_check(result, check) for check in result.checks],
-        rows=[(row, _dumbbell(row), _foreign(result, row)) for row in result.table],
+        rows=[(row, _dumbbell(row), None if told else _foreign(result, row)) for row in result.table],
+        told=told,
         where=[_where(folder, info.name, info.file) for info in result.scores],
         patch=_patch(folder, result),
         figures=[_figure(folder, figure) for figure in result.figures],
@@ -232,6 +234,13 @@ def _foreign(result: Result, row: TableRow) -> dict[str, Any] | None:
         return None
     told = row.state_before == known[0] and not re.fullmatch(r"[0-9a-f]{32}", row.state_after)
     return {"note": f"after {row.state_after}" if told else "on other states than below", "told": told}
+
+
+def _told(result: Result) -> str:
+    """What all numbers after are of, where the method gave words for it and they are the same everywhere: then it is said once."""
+    notes = [_foreign(result, row) for row in result.table]
+    words = {note["note"] if note and note["told"] else "" for note in notes}
+    return next(iter(words)).removeprefix("after ") if len(words) == 1 else ""
 
 
 def _dumbbell(row: TableRow) -> dict[str, float] | None:
