@@ -51,9 +51,9 @@ def named() -> dict[str, Any]:
 def test_names_and_what_they_rest_on() -> None:
     found = named()
     assert list(found) == [
-        "correction", "paraphrase", "generalisation", "specificity", "specificity.hard", "specificity.easy", "wrong", "wrong.paraphrase",
-        "leakage", "leakage.hard", "leakage.easy", "event_rate", "generation", "event_rate.paraphrase", "generation.paraphrase",
-        "generation.generalisation", "generation.unrelated", "moved", "generation.hard", "moved.hard", "generation.easy", "moved.easy",
+        "correction", "paraphrase", "generalisation", "specificity", "specificity.hard", "specificity.easy", "leakage", "leakage.hard",
+        "leakage.easy", "event_rate", "event_rate.paraphrase", "generation", "generation.paraphrase", "generation.generalisation",
+        "generation.unrelated", "generation.hard", "generation.easy", "wrong", "wrong.paraphrase", "moved", "moved.hard", "moved.easy",
     ]  # fmt: skip
     assert all((m.state_before, m.state_after) == STATES and m.unit == "prompt" for m in found.values())
     assert found["correction"].groups is None  # one prompt a case
@@ -96,7 +96,7 @@ def test_missing_values_are_left_out_and_counted() -> None:
 
 def test_relative_changes_follow_the_definition() -> None:
     found = {change.name: change for change in relative_changes(BEFORE, AFTER)}
-    assert list(found) == [name for name in named() if name.partition(".")[0] not in ("event_rate", "generation", "moved")]
+    assert set(found) == {name for name in named() if name.partition(".")[0] not in ("event_rate", "generation", "moved")}
     assert found["correction"].mean == pytest.approx((7 - 0.5) / 2)
     assert found["correction"].median == pytest.approx((7 - 0.5) / 2)
     assert found["correction"].raised == 0.5

@@ -78,3 +78,11 @@ def test_the_same_question_has_the_same_answer(rows):
             answers.setdefault(query["prompt"], set()).add(query["answer"])
         answers.setdefault(row["template"].format(row["bridge"]), set()).add(row["target"])
     assert not {prompt: found for prompt, found in answers.items() if len(found) > 1}
+
+
+def test_recipes_find_the_set_by_name():
+    from trocar.lab.texts import load_texts
+
+    rows = load_texts({"source": "lab:two-hop", "where": {"split": "test"}})
+    assert set(rows.fields["split"]) == {"test"}
+    assert len(rows) == sum(json.loads(line)["split"] == "test" for line in PATH.read_text().splitlines())

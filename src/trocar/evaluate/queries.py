@@ -19,6 +19,7 @@ from trocar.evaluate.measurement import Measurement, _column
 from trocar.evaluate.rates import States
 
 SETS = ("edited", "paraphrase", "generalisation", "unrelated")
+ORDER = ("correction", "paraphrase", "generalisation", "specificity", "leakage", "event_rate", "generation", "wrong", "moved")
 Better = Literal["higher", "lower", "same"]
 NAMES = {"edited": "correction", "paraphrase": "paraphrase", "generalisation": "generalisation", "unrelated": "specificity"}
 
@@ -151,7 +152,7 @@ def query_measurements(before: QueryScores, after: QueryScores, states: States) 
             if _any(was, now):
                 scorer = "the most probable first token is another than before"
                 found.append(_measure(part.replace("unrelated", "moved"), before, rows, was, now, scorer, states, "lower", "share"))
-    return found
+    return sorted(found, key=lambda measurement: ORDER.index(measurement.name.partition(".")[0]))
 
 
 def relative_changes(before: QueryScores, after: QueryScores) -> list[RelativeChange]:

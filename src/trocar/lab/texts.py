@@ -31,6 +31,8 @@ SETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gsm8k": ("word problems (Cobbe 2021): `question`, `answer`", ("train", "test")),
     "shakespeare": ("plays, paragraphs: `text`", ()),
 }
+# sets that lie beside the method they were made for
+WITH_METHODS = {"two-hop": Path(__file__).parents[1] / "edit" / "creme" / "data" / "two_hop.jsonl"}
 WORLD = ("held-out", "trained", "single", "text")
 LANGUAGES = ("en", "de", "fr", "cs")
 
@@ -96,7 +98,7 @@ def read(source: str, base: Path | None = None, unit: Unit = "paragraph") -> Tab
 
 def excerpts() -> list[str]:
     """Names of the text excerpts that come with the package."""
-    return sorted(path.name.partition(".")[0] for path in EXCERPTS.glob("*.jsonl.gz"))
+    return sorted([*(path.name.partition(".")[0] for path in EXCERPTS.glob("*.jsonl.gz")), *WITH_METHODS])
 
 
 def _file(path: Path, unit: Unit) -> dict[str, list[Any]]:
@@ -188,7 +190,8 @@ def _number(query: str, key: str, source: str) -> int | None:
 def _excerpt(name: str) -> Table:
     if name not in excerpts():
         raise DataError(f"The package has no text excerpt 'lab:{name}'.", nearest(name, excerpts()))
-    return Table(f"lab:{name}", [], columns_of([row for _, row in json_lines(EXCERPTS / f"{name}.jsonl.gz")]))
+    path = WITH_METHODS.get(name, EXCERPTS / f"{name}.jsonl.gz")
+    return Table(f"lab:{name}", [], columns_of([row for _, row in json_lines(path)]))
 
 
 def _renamed(table: Table, names: Mapping[str, str]) -> dict[str, Any]:
