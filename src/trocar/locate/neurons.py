@@ -117,9 +117,14 @@ def neuron_attributions(
     if not all(rows):
         raise DataError("There is an empty row.", "Give at least one token a row.")
     check_tokens(anatomy, wanted)
+    normed = any(tower.has(layer, "mlp_post_norm") for layer in range(tower.n_layers))
     if grid == "auto":
-        grid = "log" if any(tower.has(layer, "mlp_post_norm") for layer in range(tower.n_layers)) else "midpoint"
+        grid = "log" if normed else "midpoint"
     points = grid_points(steps, grid)
+    if normed and grid in ("midpoint", "endpoint"):
+        warnings.warn(
+            f"A norm follows the MLPs of this model and undoes most of the scaling: grid='{grid}' misses it; use 'log'.", stacklevel=2
+        )
     sizes = tuple(tower.neurons(layer) for layer in range(tower.n_layers))
     total = np.zeros(sum(sizes))
     if keep is not None:
