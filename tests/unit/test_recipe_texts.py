@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trocar.anatomy import fingerprint, tiny_model
-from trocar.core.errors import ConfigError, DataError, EditError, RunError
+from trocar.core.errors import ConfigError, DataError, EditError, RunError, UnsupportedModelError
 from trocar.evaluate import data_digest, refuse_overlap
 from trocar.lab.worlds import tokenizer
 from trocar.method import Examples, Figure, Outcome, Transcript
@@ -184,6 +184,13 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path, family: str) 
     tiny_model(family).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="has no tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "base"), ("llama", "base"), ("vit", "class"), ("llama", "class")])
+def test_a_model_that_says_nothing_is_refused(place: Path, tmp_path: Path, family: str, task: Any) -> None:
+    tiny_model(family, task=task).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="predicts no next token"):
+        run(recipe(place, model={"source": str(tmp_path / "model")}), tmp_path / "run")
 
 
 def test_broken_tokenizers_and_unknown_places(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from trocar.evaluate import BaseOutputs, data_digest, run_checks
 from trocar.method import Estimate, Job, Outcome
 from trocar.recipe.data import load_roles, load_text_roles
 from trocar.recipe.folder import REPORT, RESULT, Log, claim, claim_inputs, locked
-from trocar.recipe.models import describe_source, load_model, load_tokenizer, tokenizer_digest
+from trocar.recipe.models import describe_source, load_model, load_tokenizer, refuse_speechless, tokenizer_digest
 from trocar.recipe.prepare import Prepared, prepare
 from trocar.recipe.schema import Recipe, load_recipe
 from trocar.recipe.verify import Verified, probes, verify
@@ -133,6 +133,7 @@ def _job(prepared: Prepared, folder: Path) -> tuple[Job, str]:
     model = load_model(prepared.recipe.model, prepared.recipe.base)
     base = fingerprint(model)
     if prepared.method.reads == "texts":
+        refuse_speechless(model, prepared.recipe.model.source)
         processor = load_tokenizer(prepared.recipe.model, prepared.recipe.base)
         data = load_text_roles(cast(Any, prepared.data), prepared.recipe.base)
     else:

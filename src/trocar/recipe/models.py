@@ -119,6 +119,21 @@ def load_tokenizer(model: ModelSource | str, base: Path | None = None) -> PreTra
     return tokenizer
 
 
+def refuse_speechless(model: Any, source: str) -> None:
+    """Raise UnsupportedModelError for a model that does not predict the next token of a text."""
+    from trocar.anatomy import Anatomy
+
+    def speaks(tower: Any) -> bool:  # a classifier has a head as well, of another size
+        sizes = [getattr(getattr(part, "weight", None), "shape", (0,))[0] for part in (tower.head, tower.embedding)]
+        return tower.modality == "text" and tower.causal and sizes[0] == sizes[1] > 0
+
+    if not any(map(speaks, Anatomy.of(model).towers.values())):
+        raise UnsupportedModelError(
+            f"{source} is a {type(model).__name__}, which predicts no next token; this method edits language models.",
+            "Name a checkpoint of a causal language model.",
+        )
+
+
 _NO_TOKENIZER = "Save the model's tokenizer into the same folder (tokenizer.save_pretrained); methods that read texts need it."
 
 
