@@ -165,7 +165,7 @@ class Ways:
             for layer in dict.fromkeys(layer for layer, _ in heads):
                 here = [head for at, head in heads if at == layer]
                 with watched.trace(logits_to_keep=1) as tracer:
-                    kept = list().save()  # noqa: C408 - nnsight saves what is built inside
+                    kept: Any = list().save()  # noqa: C408 # pyright: ignore[reportAttributeAccessIssue] - nnsight gives lists a save
                     for head in here:
                         with tracer.invoke(input_ids=ids):
                             watched.transformer.h[layer].attn.c_proj.input[:, -1, size * head : size * head + size] = means[layer, head]
