@@ -207,7 +207,7 @@ def test_failed_checks_exit_with_1_and_still_report(tmp_path: Path, capsys: pyte
     checks = [{"measurement": "success", "op": ">", "threshold": 1}]
     assert main(["run", write(tmp_path, checks=checks), "-o", str(tmp_path / "run")]) == 1
     captured = capsys.readouterr()
-    assert "1 of 1 checks do not hold: success after is 1, wanted > 1." in captured.err
+    assert "1 of 1 checks does not hold: success after is 1, wanted > 1." in captured.err
     assert "FAILED" in captured.out
     assert (tmp_path / "run" / "report.html").exists()
     assert main(["run", write(tmp_path, checks=checks), "-o", str(tmp_path / "run")]) == 1  # a finished failure stays one

@@ -1,6 +1,7 @@
 """The report: complete, self-contained, the same bytes, and honest about bad folders."""
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -11,13 +12,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 from run_folder import AFTER, BEFORE, make
 
 from trocar.core.errors import RunError
 from trocar.locate import How, Scores
 from trocar.report import terminal_table, verdict_line, write_report
 from trocar.report.figures import SVG, draw
-from trocar.report.numbers import arrow, change, compact, direction, interval, probability, size
+from trocar.report.numbers import arrow, change, compact, direction, interval, notes, probability, size
 from trocar.report.where import scores_map
 from trocar.result import FILE, TableRow, read_result, write_result
 
@@ -313,6 +315,24 @@ def test_one_component_a_layer_lies_side_by_side():
     mask = scores_map(Scores("block", "", {"L0": 1, "L1": 0}, How("top")))
     assert mask.x == "layer"
     assert mask.listed == "chosen"
+
+
+def test_what_to_know_first(folder):
+    changed = read_result(folder)
+    assert notes(changed) == []
+    log = {"says": ["No head is in all sets."], "notes": ["the <target> begins like the bridge"], "kept": 3}
+    same = {**changed.model.model_dump(), "fingerprint_after": BEFORE}
+    change_result(folder, log=log, model=same, patch={**changed.patch.model_dump(), "ops": []})
+    result = read_result(folder)
+    assert notes(result)[0].startswith("Nothing was changed")
+    assert len(notes(result)) == 3
+    text = write_report(folder).read_text()
+    assert "<li>the &lt;target&gt; begins like the bridge</li>" in text
+    assert "patch.applied" not in text
+    assert text.count("No head is in all sets.") == 1
+    console = Console(width=200, file=io.StringIO())
+    console.print(terminal_table(result))
+    assert "note: No head is in all sets." in console.file.getvalue()
 
 
 def test_a_list_of_findings_is_readable(folder):

@@ -77,7 +77,7 @@ def judge(checks: Sequence[CheckInfo], hint: str) -> None:
         one = failed[0]
         more = f" ({len(failed) - 1} more)" if len(failed) > 1 else ""
         raise ChecksFailedError(
-            f"{len(failed)} of {len(checks)} checks do not hold: "
+            f"{len(failed)} of {len(checks)} checks do{'es' if len(failed) == 1 else ''} not hold: "
             f"{one.measurement} {one.statistic} is {show.cell(one.value)}, wanted {one.op} {one.threshold:g}{more}.",
             hint,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trocar.result import TableRow
+from trocar.result import Result, TableRow
 
 
 def compact(value: float | None) -> str:
@@ -64,6 +64,14 @@ def size(count: int) -> str:
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.0f} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
+
+
+def notes(result: Result) -> list[str]:
+    """What a reader should know first: that nothing was changed, and the sentences that the method left under `says` or `notes`."""
+    said = [result.log.get(key) for key in ("says", "notes")]
+    lines = [str(line) for part in said if isinstance(part, list | tuple) for line in part]
+    empty = result.model.fingerprint_after == result.model.fingerprint_before and not (result.patch and result.patch.ops)
+    return [*(["Nothing was changed: the method made no patch, or an empty one."] if empty else []), *lines]
 
 
 def units(row: TableRow) -> str:

@@ -71,12 +71,13 @@ def _page(folder: Path, result: Result, there: str) -> str:
         checks=[_check(result, check) for check in result.checks],
         rows=[(row, _dumbbell(row), None if told else _foreign(result, row)) for row in result.table],
         told=told,
+        notes=numbers.notes(result),
         where=[_where(folder, info.name, info.file) for info in result.scores],
         patch=_patch(folder, result),
         figures=[_figure(folder, figure) for figure in result.figures],
         galleries=[_gallery(folder, gallery) for gallery in result.galleries],
         transcripts=[_transcript(folder, transcript) for transcript in result.transcripts],
-        log=list(_flat(result.log)),
+        log=list(_flat({key: value for key, value in result.log.items() if key not in ("says", "notes") or not isinstance(value, list)})),
     )
 
 

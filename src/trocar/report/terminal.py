@@ -22,6 +22,8 @@ def verdict_line(result: Result) -> str:
         return "measured, but no checks were asked for"
     if held == many:
         return "the check holds" if many == 1 else f"all {many} checks hold"
+    if many == 1:
+        return "the check does not hold"
     return f"{many - held} of {many} checks do{'es' if many - held == 1 else ''} not hold"
 
 
@@ -58,5 +60,6 @@ def terminal_table(result: Result) -> Group:
             told = f"{check.measurement} {check.statistic} {check.op} {check.threshold:g}"
             checks.add_row(mark, escape(told), f"is {numbers.compact(check.value)}{f' ({check.note})' if check.note else ''}")
         parts.append(checks)
+    parts += [Text(f"note: {note}") for note in numbers.notes(result)]
     parts.append(Text.from_markup(f"{VERDICTS[result.verdict]} {verdict_line(result)}"))
     return Group(*parts)
