@@ -254,3 +254,25 @@ def test_a_figure_of_kind_table_keeps_its_columns(tmp_path: Path) -> None:
     figure = Figure("t", "T", "table", "a", "b", [{"a": "x", "b": 0.5, "c": "+1 %"}])
     write_files(tmp_path, Outcome(None, (), figures=(figure,)))
     assert (tmp_path / "figures/t.csv").read_text() == "a,b,c\nx,0.5,+1 %\n"
+
+
+def test_the_command_line_runs_and_judges_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trocar.cli import main
+    from trocar.recipe.strict_yaml import dump_yaml
+
+    path = place / "recipe.yaml"
+    path.write_text(dump_yaml({**recipe(place).model_dump(mode="json"), "method": {"name": "tiny-texts"}, "checks": None}))
+    assert main(["run", str(path), "--dry-run"]) == 0
+    assert "edit.jsonl (3 examples)" in capsys.readouterr().out
+    assert main(["run", str(path), "-o", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "correction" in shown
+    assert "the check holds" in shown
+    assert main(["patch", "check", str(tmp_path / "run/patch.safetensors"), str(place / "model")]) == 0
+    capsys.readouterr()
+    assert main(["patch", "check", str(tmp_path / "run/patch.safetensors"), str(place / "model"), "--recipe", str(path)]) == 2
+    assert "reads texts, and only the method itself measures those" in capsys.readouterr().err
+    assert main(["run", str(path), "-o", str(tmp_path / "idle"), "--set", "method.strength=0"]) == 1
+    told = capsys.readouterr()
+    assert "note: Nothing was changed" in told.out
+    assert "1 of 1 checks does not hold" in told.err

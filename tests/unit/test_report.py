@@ -296,9 +296,14 @@ def test_measurements_on_other_states_are_marked(folder):
     content["table"][1]["state_after"] = "each of 6 edits"
     (folder / FILE).write_text(json.dumps(content))
     text = write_report(folder).read_text()
-    assert "after each of 6 edits" in text
     assert "on other states" not in text
+    assert "after each of 6 edits" in text
     assert "1 measurement is not of this one state after" in text
+    for row in content["table"][:-1]:
+        row["state_after"] = "each of 6 edits"
+    (folder / FILE).write_text(json.dumps(content))
+    told = f"of each of 6 edits, made and measured one by one, but for {content['table'][-1]['name']}.</strong> That is of the patch"
+    assert told in write_report(folder).read_text()
     for row in content["table"]:
         row["state_after"] = "each of 6 edits"
     (folder / FILE).write_text(json.dumps(content))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from trocar.cli import show
 from trocar.core.errors import ConfigError, PatchBaseError, nearest
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from trocar.patch import Patch
+    from trocar.recipe.data import RoleSource
     from trocar.recipe.schema import Recipe
 
 
@@ -166,9 +167,14 @@ def _measure(patch: Patch, model: torch.nn.Module, recipe: Recipe) -> None:
     from trocar.result import check_infos, table_rows
 
     asked = prepare(recipe)
+    if asked.method.reads == "texts":
+        raise ConfigError(
+            f"The recipe's method, {asked.method.name}, reads texts, and only the method itself measures those.",
+            "Leave out --recipe to try the patch, or use `trocar run` to measure it.",
+        )
     with tempfile.TemporaryDirectory() as scratch:
         cache = BaseOutputs(scratch)
-        data = load_roles(asked.data, model, cache, recipe.base)
+        data = load_roles(cast("Mapping[str, RoleSource]", asked.data), model, cache, recipe.base)
         before = {role: cache.logits(model, rows) for role, rows in data.items()}
     state = fingerprint(model)
     with patch.applied(model):

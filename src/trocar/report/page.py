@@ -70,6 +70,7 @@ def _page(folder: Path, result: Result, there: str) -> str:
         recipe="recipe.yaml" if (folder / "recipe.yaml").is_file() else None,
         checks=[_check(result, check) for check in result.checks],
         rows=[(row, _dumbbell(row), None if told else _foreign(result, row)) for row in result.table],
+        but=[row.name for row in result.table if told and _foreign(result, row) is None],
         told=told,
         notes=numbers.notes(result),
         where=[_where(folder, info.name, info.file) for info in result.scores],
@@ -238,10 +239,10 @@ def _foreign(result: Result, row: TableRow) -> dict[str, Any] | None:
 
 
 def _told(result: Result) -> str:
-    """What all numbers after are of, where the method gave words for it and they are the same everywhere: then it is said once."""
-    notes = [_foreign(result, row) for row in result.table]
-    words = {note["note"] if note and note["told"] else "" for note in notes}
-    return next(iter(words)).removeprefix("after ") if len(words) == 1 else ""
+    """What most numbers after are of, where they are not of the patch in the folder and the method gave the same words for all: said once."""
+    words = [note["note"] if note["told"] else "" for row in result.table if (note := _foreign(result, row))]
+    same = len(set(words)) == 1 and 2 * len(words) > len(result.table)
+    return words[0].removeprefix("after ") if same else ""
 
 
 def _dumbbell(row: TableRow) -> dict[str, float] | None:
