@@ -19,8 +19,8 @@ def _names(text: str) -> list[str]:
 COUNTRIES = _names(
     "Ukraine|Serbia|Croatia|Bulgaria|Slovakia|Slovenia|Lithuania|Latvia|Estonia|Algeria|Tunisia|Libya|Iraq|Syria|Lebanon|Jordan|"
     "Afghanistan|Nepal|Sri Lanka|Cambodia|Mongolia|Kazakhstan|Georgia|Armenia|Ghana|Senegal|Uganda|Tanzania|Zambia|Zimbabwe|Angola|"
-    "Mozambique|Madagascar|Venezuela|Ecuador|Bolivia|Uruguay|Panama|Costa Rica|Guatemala|Haiti|Scotland|Wales|Luxembourg|Malta|Singapore|Taiwan|Qatar|"
-    "Kuwait|Sudan"
+    "Mozambique|Madagascar|Venezuela|Ecuador|Bolivia|Uruguay|Panama|Costa Rica|Guatemala|Haiti|Scotland|Wales|Luxembourg|Malta|"
+    "Singapore|Taiwan|Qatar|Kuwait|Sudan"
 )
 PLACES = _names(
     "Odessa|Novi Sad|Dubrovnik|Plovdiv|Kosice|Lake Bled|Kaunas|Daugavpils|Tartu|Oran|Carthage|Benghazi|Basra|Aleppo|Baalbek|Petra|Kandahar|"
