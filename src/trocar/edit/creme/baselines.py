@@ -97,7 +97,7 @@ def _search(
             total = loss + config.kl * drift + config.weight_decay * step.norm() / start.norm() ** 2
             if not bool(total.isfinite()):
                 raise EditError(f"The search for a value at {point} diverged.", "Use a smaller lr.")
-            if float(total) < config.stop:
+            if float(total.detach()) < config.stop:
                 break
             (step.grad,) = torch.autograd.grad(total, [step])
             optimiser.step()

@@ -296,6 +296,6 @@ def _size(rows: Sequence[Mapping[str, float]], config: CremeConfig) -> list[str]
     if not large:
         return []
     layer = max(large, key=large.__getitem__)
-    hint = "" if config.many == "batch" and config.ridge else "; many: batch with a ridge changes less"
+    hint = "; many: batch with a ridge changes less" if config.many == "sequential" else ""
     others = f"{len(large)} of {len(layers)} blocks above 10 %"
     return [f"the change of block {layer} is {100 * large[layer]:.0f} % of its matrix's norm ({others}){hint}"]
