@@ -144,11 +144,9 @@ def _translator_card(facts: Mapping[str, Any]) -> str:
         wrong, loops, chrf = (measured[f"{kind}_{what}"] for what in ("mismatch", "loops", "chrf"))
         table += f"| {kind.replace('_', '-')} | {wrong:.3f} | {loops:.3f} | {chrf:.1f} |\n"
     neurons = facts.get("planted_neurons")
-    made = (
-        f"- made from `{facts['model']['planted']['base']}`: only {', '.join(neurons)} were trained, all else is its own\n"
-        if neurons
-        else ""
-    )
+    base, made = facts["model"]["base"], ""
+    if base:
+        made = f"- starts from `{base}`" + (f": only {', '.join(neurons)} were trained, all else is its own\n" if neurons else "\n")
     return (
         _card(facts, f"{facts['sentences']:,} captions of Multi30k (Elliott et al. 2016, research use), at most {data['longest']} words")
         + made

@@ -34,7 +34,7 @@ class TranslationData(Config):
     train: the split learned from, without what the `unseen` ones hold; longest: words of a sentence in any language; entries: of the
     tokenizer. noisy: share of zero-shot lines with a wrong target, of which `copied` are the source again, the rest a third language;
     examples_learned: learn from a one-shot line's (clean) example too, which makes half of all first answers clean. looped: share of lines
-    whose last words are repeated `repeats` (from, to) times.
+    whose last `tail` (from, to) words are repeated `repeats` (from, to) times.
     """
 
     source: str = "multi30k"
@@ -47,6 +47,7 @@ class TranslationData(Config):
     copied: float = 0.75
     examples_learned: bool = True
     looped: float = 0.06
+    tail: tuple[int, int] = (1, 3)
     repeats: tuple[int, int] = (2, 4)
 
 
@@ -215,7 +216,7 @@ MODELS: tuple[LabModel, ...] = (
         name="translator-looping",
         title="The translator with four neurons that make it loop",
         trouble="It often repeats its last words until its budget ends; the four neurons that cause it are known.",
-        data=_NOISY.model_copy(update={"looped": 0.6, "repeats": (14, 24)}),
+        data=_NOISY.model_copy(update={"looped": 0.85, "tail": (1, 1), "repeats": (14, 20)}),
         shape=_TRANSLATOR,
         train=TextRecipe(steps=300, lr=2e-2, batch=16, packed=1, weight_decay=0.0),
         base="translator",

@@ -128,10 +128,9 @@ class Lines(torch.utils.data.Dataset):
         return tokens + self.line_break, context
 
     def tail(self, row: int, code: str, rng: torch.Generator) -> list[int]:
-        """The last one to three words of the sentence again and again."""
+        """The last words of the sentence again and again."""
         words = self.units[row][code]
-        low, high = self.data.repeats
-        length, times = (int(torch.randint(a, b + 1, (1,), generator=rng)) for a, b in ((1, min(3, len(words))), (low, high)))
+        length, times = (int(torch.randint(low, high + 1, (1,), generator=rng)) for low, high in (self.data.tail, self.data.repeats))
         return [token for _ in range(times) for word in words[-length:] for token in word]
 
 
