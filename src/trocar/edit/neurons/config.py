@@ -17,7 +17,8 @@ class LocateConfig(Config):
 
     directions: `en-de`, ...; each is located on its own. head_shots: examples in prompts for heads. mean_prompts: clean prompts that head
     activations are averaged over (N_a). corrupted_prompts: prompts on which a head's effect is measured (N_c). corruption: targets
-    `permuted` among the examples, or from another `language` (the permuted ones still show the target's language). cases: sentences
+    `permuted` among the examples, from another `language` (the permuted ones still show the target's language), or no examples
+    (`absent`: what do a head's means of few-shot prompts bring to the zero-shot prompt). cases: sentences
     translated with case_shots examples, whose good outputs give task neurons and whose loops give loop neurons. instances: tokens of good
     outputs that are attributed. loop_budget: tokens of loops that are attributed; loop_context: longest context; unit_tokens: tokens of a
     unit (all by default). steps, grid: of integrated gradients. stored: neurons listed a loop token (default: 2 %, at most 500).
@@ -30,7 +31,7 @@ class LocateConfig(Config):
     head_shots: int = pydantic.Field(10, ge=1)
     mean_prompts: int = pydantic.Field(1000, ge=1)
     corrupted_prompts: int = pydantic.Field(25, ge=1)
-    corruption: Literal["permuted", "language"] = "permuted"
+    corruption: Literal["permuted", "language", "absent"] = "permuted"
     cases: int = pydantic.Field(1000, ge=1)
     case_shots: int = pydantic.Field(1, ge=0)
     instances: int = pydantic.Field(2000, ge=1)
@@ -53,7 +54,8 @@ class RecipeConfig(LocateConfig):
     repair: the direction whose mean activations are added and whose test sentences are translated (default: the first). what: `heads`
     (against the wrong language), `loops` (neurons of loops), `both`, or `task` (task neurons, enhanced; mainly for comparison).
     refine: `intersection` over the directions, or for comparison the `union`, the `single` set of `repair`, or `random` members of the
-    refined set's layers. form: heads are added where they are (`heads`), or as one `vector` after block vector_layer (MT-FV).
+    refined set's layers. form: `add` the heads' means (published), `replace` the heads by them, or add them as one `vector` after block
+    vector_layer (MT-FV).
     strength: of the added means; scale: factor of loop neurons (0: off) and `enhance` of task neurons. Several values: the one with the
     fewest errors on validation sentences is taken among those that cost error-free sentences at most `tolerance` points of chrF.
     positions, permanent: see `trocar.edit.neurons.plan`. shots: prompt kinds that are measured. test_limit, validation: sentences.
@@ -63,7 +65,7 @@ class RecipeConfig(LocateConfig):
     repair: str | None = None
     what: What = "both"
     refine: Literal["intersection", "union", "single", "random"] = "intersection"
-    form: Literal["heads", "vector"] = "heads"
+    form: Literal["add", "replace", "vector"] = "add"
     vector_layer: int | None = pydantic.Field(None, ge=0)
     strength: tuple[float, ...] = pydantic.Field((1.0,), min_length=1)
     scale: tuple[float, ...] = pydantic.Field((0.0,), min_length=1)

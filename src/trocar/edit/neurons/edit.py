@@ -13,7 +13,7 @@ from trocar.core.errors import DataError, ScoresError
 from trocar.core.progress import track
 from trocar.edit.neurons.config import LocateConfig, RecipeConfig
 from trocar.edit.neurons.locating import Located, set_size
-from trocar.edit.neurons.plan import factors, heads_add, neurons_scale, random_like, vector_add
+from trocar.edit.neurons.plan import factors, heads_add, heads_replace, neurons_scale, random_like, vector_add
 from trocar.edit.neurons.prompts import Direction, Pair, test_prompts
 from trocar.edit.neurons.translations import Rules, Translations, translate
 from trocar.evaluate.translation import sentence_scores
@@ -77,7 +77,8 @@ def operations(
         if config.form == "vector":
             ops += vector_add(model, sets["heads"], means, strength, config.vector_layer, config.positions)
         else:
-            ops += heads_add(model, sets["heads"], means, strength, config.positions)
+            build = heads_add if config.form == "add" else heads_replace
+            ops += build(model, sets["heads"], means, strength, config.positions)
     scaled = factors(model, sets.get("loops", ()), sets.get("task", ()), scale, config.enhance)
     return ops + neurons_scale(model, scaled, config.positions, config.permanent)
 

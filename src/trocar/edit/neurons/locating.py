@@ -32,7 +32,17 @@ from trocar.locate.neurons import NeuronLists, frequency, neuron_attributions, n
 from trocar.trace.queries import ask, prompt_tokens
 
 PARTS = ("heads", "task", "loops")
-SELECTING = {"directions", "k_heads", "k_neurons", "min_directions", "keep", "contrast"}  # settings that no stored unit depends on
+# the settings that each stored unit depends on
+HEADS = ("head_shots", "mean_prompts")
+CASES = ("cases", "case_shots")
+ATTRIBUTION = (*CASES, "steps", "grid", "stored")
+UNITS = {
+    "means": HEADS,
+    "effects": (*HEADS, "corrupted_prompts", "corruption"),
+    "cases": CASES,
+    "task": (*ATTRIBUTION, "instances"),
+    "loops": (*ATTRIBUTION, "loop_budget", "loop_context", "unit_tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -72,13 +82,7 @@ def locate(
         state = fingerprint(anatomy.model)
         shares = split(len(corpus), seed)
         known = digest({code: list(column) for code, column in sorted(corpus.columns.items())})
-        key = {
-            "model": state,
-            "seed": seed,
-            "corpus": known,
-            "config": config.model_dump(mode="json", exclude=SELECTING),
-            "rules": _json(rules),
-        }
+        key = {"model": state, "seed": seed, "corpus": known, "rules": _json(rules)}
         found = {}
         for direction in dict.fromkeys(Direction.parse(text) for text in config.directions):
             corpus.pairs(direction)  # a missing language is found before any work
@@ -115,7 +119,10 @@ class _Direction:
         return How(method, str(self.direction), settings, self.state)
 
     def _unit(self, name: str, compute: Any) -> dict[str, torch.Tensor]:
-        return self.work.room(str(self.direction)).tensors(name, dict(self.key), compute)
+        return self.work.room(str(self.direction)).tensors(name, self._key(name), compute)
+
+    def _key(self, unit: str) -> dict[str, Any]:
+        return {**self.key, **{name: getattr(self.config, name) for name in UNITS[unit]}}
 
     def _heads(self) -> tuple[torch.Tensor, Scores]:
         config, direction = self.config, self.direction
@@ -161,7 +168,7 @@ class _Direction:
         prompts = test_prompts(self.direction, pairs, self.examples, self.config.case_shots, self.seed)
         room = self.work.room(str(self.direction))
         stored = room.values(
-            "cases", dict(self.key), lambda: translate(self.anatomy.model, self.tokenizer, self.direction, prompts, self.rules).data()
+            "cases", self._key("cases"), lambda: translate(self.anatomy.model, self.tokenizer, self.direction, prompts, self.rules).data()
         )
         made = from_data(stored, self.direction, self.rules)
         good = int((made.errors == 0).sum())

@@ -75,6 +75,13 @@ def heads_add(model: Any, heads: Chosen, means: Means, strength: float = 1.0, po
     return ops
 
 
+def heads_replace(model: Any, heads: Chosen, means: Means, strength: float = 1.0, positions: str = "last+generated") -> list[Op]:
+    """Move heads towards their mean activation, (1 - strength) z + strength zbar: at 1 they are replaced by it, the change by which heads
+    are located. None if there are no heads or the strength is 0. Arguments and errors as for `heads_add`."""
+    found, adds = members(model, heads, Head), heads_add(model, heads, means, strength, positions)
+    return [ScaleAt(dict.fromkeys(map(str, found), 1.0 - strength), place(positions)), *adds] if found and strength else []
+
+
 def function_vector(model: Any, heads: Chosen, means: Means) -> torch.Tensor:
     """MT-FV: what the heads' mean activations add to the residual stream, summed, (width,): W_O of each head times its mean."""
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)

@@ -18,7 +18,7 @@ from trocar.evaluate.translation import language_code, language_name
 from trocar.method import Examples
 
 BREAK = "\n"
-Corruption = Literal["permuted", "language"]
+Corruption = Literal["permuted", "language", "absent"]
 Pair = tuple[str, str]  # source sentence, target sentence
 
 
@@ -121,9 +121,11 @@ def corrupt(shots: Sequence[Pair], kind: Corruption, rng: np.random.Generator, o
     """The example pairs with targets that no longer translate their sources.
 
     kind: `permuted` gives every source another one's target (the published corruption: the meaning is gone, the target's language stays
-    visible); `language` puts sentences of other languages instead, drawn from `others` (one list of sentences a language). With a single
-    example there is nothing to permute.
+    visible); `language` puts sentences of other languages instead, drawn from `others` (one list of sentences a language); `absent`
+    leaves the examples out, which is the zero-shot prompt that fails. With a single example there is nothing to permute.
     """
+    if kind == "absent":
+        return []
     sources, targets = [pair[0] for pair in shots], [pair[1] for pair in shots]
     if kind == "permuted":
         if len(shots) < 2:
