@@ -51,7 +51,7 @@ from trocar.locate.refine import refine, top_masks
 from trocar.patch import Patch
 
 DIRECTIONS = ("en-de", "en-fr", "de-en", "de-fr", "fr-en", "fr-de")
-DRAWS, TOLERANCE, LOCATED, VALIDATION = 3, 1.0, 300, 20
+DRAWS, TOLERANCE, LOCATED, VALIDATION, TASK = 3, 1.0, 300, 20, 77
 STRENGTHS, SHARES, SCALES = (0.25, 0.5, 1.0, 2.0), (0.5, 1.0), (0.5, 0.25, 0.0)
 HEADS = RecipeConfig(
     directions=DIRECTIONS, head_shots=4, mean_prompts=60, corrupted_prompts=32, corruption="permuted", cases=60, instances=60, steps=10,
@@ -138,7 +138,7 @@ def natural(seed: int, tested: int, draws: int) -> dict[str, Any]:
     published = _heads(bench, HEADS, heads_add, STRENGTHS, draws, base, trial)
     ours = _heads(bench, OURS, heads_replace, SHARES, draws, base, trial)
     located = locate(bench.model, bench.tokenizer, bench.corpus, HEADS.locating(), bench.rules, ("task", "loops"), seed)
-    task = refined(bench.model, located, "task", HEADS)
+    task = refined(bench.model, located, "task", HEADS.model_copy(update={"k_neurons": TASK}))
     plain, rows = np.array(one_shot["free"], bool), {}
     drawn = {f"random {draw}": random_like(bench.model, task.mask, Neuron, draw) for draw in range(draws)}
     for label, chosen in {"task neurons": task.mask, **drawn}.items():
