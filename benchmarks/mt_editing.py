@@ -3,10 +3,10 @@
 The lab's `translator` (three base seeds) often answers a zero-shot prompt in the wrong language, as its training lines did; nothing was
 built into it that a head would have to be. `translator-looping` is the same model with four neurons trained to make it loop: there the
 cause is known, and recall and precision can be told. Heads and neurons are located on sentences of the training part, strengths are chosen
-on the validation part, and everything is measured on sentences of the test part, in all six directions. Controls: random heads or neurons of
-equal number and layers (three draws), each direction's own set, the union, the summed function vector. Two forms of heads: published
-(located with permuted examples, their means added), and ours (located on the zero-shot prompts that fail, replaced by their means). The
-bases must have been trained (`trocar lab train`); each seed is a committed unit.
+on the validation part, and everything is measured on sentences of the test part, in all six directions. Controls: random heads or
+neurons of equal number and layers (three draws), each direction's own set, the union, the summed function vector. Two forms of heads:
+published (located with permuted examples, their means added), and ours (located on the zero-shot prompts that fail, replaced by their
+means). The bases must have been trained (`trocar lab train`); each seed is a committed unit.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ class Bench:
             errors.append(made.errors)
             chrf.append(sentence_scores(made.texts, part.references, "chrf", direction.target))
         flags, scores = np.concatenate(errors), np.concatenate(chrf)
-        free = flags == 0 if free is None else free
+        right = flags == 0 if free is None else free
         looping = np.concatenate(loops) > 0
         return {
             "mismatch": float(np.concatenate(wrong).mean()), "loops": float(looping.mean()), "chrf": float(scores.mean()),
-            "chrf_free": float(scores[free].mean()), "chrf_errors": float(scores[~free].mean()) if (~free).any() else None,
-            "chrf_loops": float(scores[looping].mean()) if looping.any() else None, "free": free.astype(int).tolist(), "n": len(scores),
+            "chrf_free": float(scores[right].mean()), "chrf_errors": float(scores[~right].mean()) if (~right).any() else None,
+            "chrf_loops": float(scores[looping].mean()) if looping.any() else None, "free": right.astype(int).tolist(), "n": len(scores),
         }  # fmt: skip
 
     def perplexity(self, ops: Ops) -> dict[str, float]:
@@ -215,7 +215,8 @@ def planted(seed: int, tested: int, draws: int) -> dict[str, Any]:
         drawn = random_like(model, sets["none"].mask, Neuron, draw, sorted(known)) if names else []
         rows[f"random {draw}"] = bench.score(1, off(drawn), free)
     heads = refined(model, first, "heads", HEADS)
-    crossed = bench.score(1, {d: heads_add(model, heads.mask, first[d].means, 0.5) for d in bench.directions}, free)
+    means: dict[Direction, Any] = {d: first[d].means for d in bench.directions}
+    crossed = bench.score(1, {d: heads_add(model, heads.mask, means[d], 0.5) for d in bench.directions}, free)
     quality = {name: _found(one, known) for name, one in (("refined", names), ("all but two", some.mask.open_names()),
                *((f"contrast {c}", sets[c].mask.open_names()) for c in ("task", "first")))}  # fmt: skip
     return {

@@ -11,6 +11,7 @@ from trocar.edit.neurons.translations import Rules, Translations, judge, transla
 
 __all__ = [
     "Corpus", "Direction", "LocateConfig", "Located", "RecipeConfig", "Rules", "Sentences", "Translations", "choose", "chosen_set",
-    "clean_prompts", "corrupted_prompts", "factors", "function_vector", "heads_add", "heads_replace", "judge", "locate", "loop_instances", "neurons_scale",
-    "operations", "prompt", "random_like", "refined", "set_size", "split", "task_instances", "test_prompts", "translate", "vector_add",
+    "clean_prompts", "corrupted_prompts", "factors", "function_vector", "heads_add", "heads_replace", "judge", "locate", "loop_instances",
+    "neurons_scale", "operations", "prompt", "random_like", "refined", "set_size", "split", "task_instances", "test_prompts", "translate",
+    "vector_add",
 ]  # fmt: skip

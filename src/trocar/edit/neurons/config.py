@@ -28,24 +28,24 @@ class LocateConfig(Config):
     """
 
     directions: tuple[str, ...] = pydantic.Field(min_length=1)
-    head_shots: int = pydantic.Field(10, ge=1)
-    mean_prompts: int = pydantic.Field(1000, ge=1)
-    corrupted_prompts: int = pydantic.Field(25, ge=1)
+    head_shots: int = pydantic.Field(default=10, ge=1)
+    mean_prompts: int = pydantic.Field(default=1000, ge=1)
+    corrupted_prompts: int = pydantic.Field(default=25, ge=1)
     corruption: Literal["permuted", "language", "absent"] = "permuted"
-    cases: int = pydantic.Field(1000, ge=1)
-    case_shots: int = pydantic.Field(1, ge=0)
-    instances: int = pydantic.Field(2000, ge=1)
-    loop_budget: int = pydantic.Field(2000, ge=1)
-    loop_context: int = pydantic.Field(1024, ge=8)
-    unit_tokens: int | None = pydantic.Field(None, ge=1)
-    steps: int = pydantic.Field(20, ge=1)
+    cases: int = pydantic.Field(default=1000, ge=1)
+    case_shots: int = pydantic.Field(default=1, ge=0)
+    instances: int = pydantic.Field(default=2000, ge=1)
+    loop_budget: int = pydantic.Field(default=2000, ge=1)
+    loop_context: int = pydantic.Field(default=1024, ge=8)
+    unit_tokens: int | None = pydantic.Field(default=None, ge=1)
+    steps: int = pydantic.Field(default=20, ge=1)
     grid: Literal["midpoint", "endpoint", "first-order"] = "midpoint"
-    stored: int | None = pydantic.Field(None, ge=1)
+    stored: int | None = pydantic.Field(default=None, ge=1)
     contrast: Literal["none", "task", "first"] = "none"
-    k_heads: int | None = pydantic.Field(None, ge=1)
-    k_neurons: int | None = pydantic.Field(None, ge=1)
-    min_directions: int | None = pydantic.Field(None, ge=1)
-    keep: int | None = pydantic.Field(None, ge=1)
+    k_heads: int | None = pydantic.Field(default=None, ge=1)
+    k_neurons: int | None = pydantic.Field(default=None, ge=1)
+    min_directions: int | None = pydantic.Field(default=None, ge=1)
+    keep: int | None = pydantic.Field(default=None, ge=1)
 
 
 class RecipeConfig(LocateConfig):
@@ -66,23 +66,23 @@ class RecipeConfig(LocateConfig):
     what: What = "both"
     refine: Literal["intersection", "union", "single", "random"] = "intersection"
     form: Literal["add", "replace", "vector"] = "add"
-    vector_layer: int | None = pydantic.Field(None, ge=0)
-    strength: tuple[float, ...] = pydantic.Field((1.0,), min_length=1)
-    scale: tuple[float, ...] = pydantic.Field((0.0,), min_length=1)
+    vector_layer: int | None = pydantic.Field(default=None, ge=0)
+    strength: tuple[float, ...] = pydantic.Field(default=(1.0,), min_length=1)
+    scale: tuple[float, ...] = pydantic.Field(default=(0.0,), min_length=1)
     enhance: float = 2.0
-    tolerance: float = pydantic.Field(1.0, ge=0)
+    tolerance: float = pydantic.Field(default=1.0, ge=0)
     positions: Literal["last", "generated", "last+generated", "all"] = "last+generated"
     permanent: bool = False
-    shots: tuple[int, ...] = pydantic.Field((0, 1), min_length=1)
-    test_limit: int | None = pydantic.Field(None, ge=1)
-    validation: int = pydantic.Field(100, ge=1)
-    max_new_tokens: int = pydantic.Field(400, ge=1)
+    shots: tuple[int, ...] = pydantic.Field(default=(0, 1), min_length=1)
+    test_limit: int | None = pydantic.Field(default=None, ge=1)
+    validation: int = pydantic.Field(default=100, ge=1)
+    max_new_tokens: int = pydantic.Field(default=400, ge=1)
     languages: tuple[str, ...] = ()
     mode: Literal["rule", "reference"] = "rule"
     strict: bool = False
-    batch_size: int = pydantic.Field(16, ge=1)
+    batch_size: int = pydantic.Field(default=16, ge=1)
     others: bool = False
-    window: int = pydantic.Field(128, ge=2)
+    window: int = pydantic.Field(default=128, ge=2)
 
     def locating(self) -> LocateConfig:
         return LocateConfig(**{name: getattr(self, name) for name in LocateConfig.model_fields})
