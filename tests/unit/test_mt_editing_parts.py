@@ -26,7 +26,7 @@ from trocar.edit.neurons.prompts import (
 from trocar.locate import How, Scores
 from trocar.method import Examples
 from trocar.patch import AddVector, Gate, Patch, ScaleAt
-from trocar.trace import Add, Point, Scale, intervene, record
+from trocar.trace import Add, Point, Replace, Scale, intervene, record
 from trocar.trace.queries import Continuation, batch_of
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi3"]
@@ -94,6 +94,7 @@ def test_corruption_with_another_language_and_what_cannot_be_corrupted():
     rng = np.random.default_rng(0)
     wrong = corrupt(PAIRS[:3], "language", rng, [["un", "deux"], []])
     assert {pair[1] for pair in wrong} <= {"un", "deux"}
+    assert corrupt(PAIRS[:3], "absent", rng) == []
     with pytest.raises(ConfigError, match="single example"):
         corrupt(PAIRS[:1], "permuted", rng)
     with pytest.raises(DataError, match="third language"):
@@ -257,6 +258,25 @@ def test_the_plan_on_every_family(family):
     left = rec["L1.attn_out"][:, -1]
     torch.testing.assert_close(left, torch.zeros_like(left) if bias is None else bias.expand_as(left), atol=1e-6, rtol=1e-5)
     assert (fingerprint(model), hooks(model)) == (before, 0)
+
+
+def test_replacing_heads_is_what_they_were_located_by(model):
+    inputs, means = tiny_inputs(model), means_of(model)
+    items = [Replace(head, means[head.layer][head.index], "last") for head in (Head(0, 1), Head(2, 3))]
+    with intervene(model, items):
+        wanted = logits(model, inputs)
+    with Patch.of(model, plan.heads_replace(model, ["L2.H3", "L0.H1"], means, 1.0, "last")).applied(model):
+        torch.testing.assert_close(logits(model, inputs), wanted, atol=1e-6, rtol=1e-5)
+    with record(model, "L1.heads") as rec:
+        logits(model, inputs)
+    clean = rec["L1.heads"][:, -1, 2]
+    with Patch.of(model, plan.heads_replace(model, ["L1.H2"], means, 0.25)).applied(model), record(model, "L1.attn_out") as rec:
+        logits(model, inputs)
+    with intervene(model, Replace("L1.H2", torch.lerp(clean, means[1][2].expand_as(clean), 0.25), "last")):
+        with record(model, "L1.attn_out") as expected:
+            logits(model, inputs)
+    torch.testing.assert_close(rec["L1.attn_out"], expected["L1.attn_out"], atol=1e-6, rtol=1e-5)
+    assert plan.heads_replace(model, ["L1.H2"], means, 0.0) == plan.heads_replace(model, [], means) == []
 
 
 @pytest.mark.parametrize("positions", ["last+generated", "all", "generated", "last"])
