@@ -239,7 +239,7 @@ def _foreign(result: Result, row: TableRow) -> dict[str, Any] | None:
 
 
 def _told(result: Result) -> str:
-    """What most numbers after are of, where they are not of the patch in the folder and the method gave the same words for all: said once."""
+    """What most numbers after are of, where that is not the patch in the folder and the method said so in the same words: told once."""
     words = [note["note"] if note["told"] else "" for row in result.table if (note := _foreign(result, row))]
     same = len(set(words)) == 1 and 2 * len(words) > len(result.table)
     return words[0].removeprefix("after ") if same else ""
