@@ -109,12 +109,13 @@ class GalleryInfo(Config):
 
 class TranscriptInfo(Config):
     """`trocar.method.Transcript`. csv: one row a prompt: prompt, truth, before, after, mark_before, mark_after, and right_before,
-    right_after (`yes`, `no`, or empty where nothing says what is right)."""
+    right_after (`yes`, `no`, or empty where nothing says what is right). marked: right means only that the method marked no error."""
 
     id: str
     title: str
     caption: str = ""
     csv: str
+    marked: bool = False
 
 
 class PatchInfo(Config):

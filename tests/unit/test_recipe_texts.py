@@ -229,7 +229,8 @@ def test_texts_are_told_apart() -> None:
 def test_marks_control_characters_and_unjudged_rows(tmp_path: Path) -> None:
     marked = Transcript("m", "M", ["p", "q"], ["x", "y"], ["x", "y"], ["x", "z"], ["", "loop"], ["wrong language", ""])
     wild = Transcript("w", "W", ["a\x00b\r\nc", "d"], ["\x07bell", "Paris, of course"], ["<b>\u2028", "paris"], ["", "Paris"])
-    write_files(tmp_path, Outcome(None, (), transcripts=(marked, wild)))
+    written = write_files(tmp_path, Outcome(None, (), transcripts=(marked, wild)))
+    assert [info["marked"] for info in written["transcripts"]] == [True, False]
     with (tmp_path / "texts/m.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["right_before"], row["right_after"], row["mark_after"]) for row in rows] == [

@@ -231,6 +231,10 @@ def test_what_it_says(folder):
     assert "p & q" in words
     assert "loop" in words
     assert 'href="#texts"' in text
+    add(folder, transcripts=[{"id": "a", "title": "Answers", "csv": "texts/a.csv", "marked": True}])
+    text = write_report(folder).read_text()
+    assert "2 of 4 without an error before, 2 after" in text  # a mark is about errors, not about being right
+    assert "still right" not in text
     (folder / "texts/a.csv").write_text("prompt,truth\na,b\n")
     with pytest.raises(RunError, match="has no column before"):
         write_report(folder)

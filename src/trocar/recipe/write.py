@@ -58,6 +58,7 @@ def _csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
 
 def _transcript(folder: Path, transcript: Transcript) -> dict[str, Any]:
     file = f"texts/{_safe(transcript.id)}.csv"
+    marked = transcript.marks_before is not None and transcript.marks_after is not None
     sides = [_judged(transcript, texts, marks) for texts, marks in (
         (transcript.before, transcript.marks_before), (transcript.after, transcript.marks_after),
     )]  # fmt: skip
@@ -71,7 +72,7 @@ def _transcript(folder: Path, transcript: Transcript) -> dict[str, Any]:
         )
     ]  # fmt: skip
     _csv(folder / file, TRANSCRIPT, rows)
-    return {"id": transcript.id, "title": transcript.title, "caption": transcript.caption, "csv": file}
+    return {"id": transcript.id, "title": transcript.title, "caption": transcript.caption, "csv": file, "marked": marked}
 
 
 def _judged(transcript: Transcript, texts: Sequence[str], marks: Sequence[str] | None) -> list[tuple[str, str]]:
