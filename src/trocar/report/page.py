@@ -143,7 +143,8 @@ def _transcript(folder: Path, info: TranscriptInfo) -> dict[str, Any]:
     judged = [row for row in rows if row.get("right_before") and row.get("right_after")]
     was, now = (sum(row[side] == "yes" for row in judged) for side in ("right_before", "right_after"))
     return {
-        "title": info.title, "caption": info.caption, "marked": info.marked, "items": items[:TEXTS], "more": items[TEXTS:], "many": len(items),
+        "title": info.title, "caption": info.caption, "marked": info.marked,
+        "items": items[:TEXTS], "more": items[TEXTS:], "many": len(items),
         "judged": len(judged), "was": was, "now": now, "truth": any(row["truth"] for row in rows), "file": info.csv, "data": data,
     }  # fmt: skip
 
