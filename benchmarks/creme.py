@@ -235,7 +235,9 @@ def summary(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) ->
     found |= {"event": event("edited"), "event paraphrase": event("paraphrase"), "wrong": mean("edited", "wrong")}
     found |= {kind: mean(f"unrelated.{kind}") for kind in KINDS} | {f"moved {kind}": moved(f"unrelated.{kind}") for kind in KINDS}
     found |= {"leakage": mean("unrelated", "target"), "right": mean("edited", "generated")}
-    found |= {name: float(np.mean([row[name] for row in rows])) for name in ("guide", "first hop", "disturbance")}
+    found |= {
+        name: float(np.mean([np.nan if row[name] is None else row[name] for row in rows])) for name in ("guide", "first hop", "disturbance")
+    }
     for name, column in (
         ("edited", "answer"),
         ("paraphrase", "answer"),
@@ -307,6 +309,12 @@ def relations(means: Means, counts: Sequence[dict[str, int]]) -> list[dict[str, 
             lost = 1 - c(setting, name) / c("unedited", name)
             words = "at most 12 %" if most else "nothing (within 2 %)"
             c.add(f"R-8 ({name}; {setting})", f"the {name} prompt loses {words} of its answer", lost, bool(lost.mean() <= (most or 0.02)))
+    kept = "located, text, guide and first hop kept"
+    if kept in means:
+        lost = np.maximum(*(1 - c(kept, name) / c("unedited", name) for name in ("guide", "first hop")))
+        c.add("R-8 (kept)", "with both prompts' keys projected out, neither loses (within 2 %)", lost, bool((lost < 0.02).all()))
+        change = c(kept, "edited") - c("located", "edited")
+        c.add("R-8 (kept: correction)", "and the correction is the same within .05", change, bool((change > -0.05).all()))
     facts = [name for name in means if name.startswith("ROME")]
     best = max(facts, key=lambda name: c(name, "event").mean())
     for setting in ("located", "located, text"):

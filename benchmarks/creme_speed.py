@@ -10,14 +10,16 @@ patch tried and taken back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from common import arguments, paired_seconds, seconds_of, write_result
+from common import ROOT, arguments, paired_seconds, seconds_of, write_result
 
 from trocar.anatomy import Anatomy, Linear
 from trocar.core.errors import TrocarError
+from trocar.core.workspace import Workspace
 from trocar.edit.creme import LEAD_INS, Case, CremeConfig
 from trocar.edit.creme.edit import operation, solve
 from trocar.lab.worlds import make_world, tokenizer
@@ -51,7 +53,7 @@ def random_model() -> tuple[Any, Any, Case, tuple[str, ...]]:
 def smollm() -> tuple[Any, Any, Case, tuple[str, ...]]:
     from trocar.recipe.models import find_model
 
-    folder = str(find_model("smollm2-135m-instruct"))
+    folder = find_model("smollm2-135m-instruct").where
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder), CASE, LEAD_INS
 
@@ -109,12 +111,16 @@ def compared(name: str, made: tuple[Any, Any, Case, tuple[str, ...]], first: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    asked = arguments("creme_speed", __doc__ or "", argv)
+    def more(parser: Any) -> None:
+        parser.add_argument("--work", type=Path, default=ROOT / "build" / "creme_speed", help="where finished rows are kept")
+
+    asked = arguments("creme_speed", __doc__ or "", argv, more)
     torch.set_num_threads(1)
-    rows = [compared("12 blocks of 768", random_model(), 4, 2 if asked.quick else 3)]
+    work, repeats = Workspace(asked.work), 2 if asked.quick else 3
+    rows = [work.values("random", {"repeats": repeats}, lambda: compared("12 blocks of 768", random_model(), 4, repeats))]
     if not asked.quick:
         try:
-            rows.append(compared("SmolLM2-135M-Instruct", smollm(), 17, 2))
+            rows.append(work.values("smollm2", {"repeats": 2}, lambda: compared("SmolLM2-135M-Instruct", smollm(), 17, 2)))
         except TrocarError as error:
             print(error)
     least, gap = min(row["ratio"] for row in rows), max(row["largest relative gap"] for row in rows)
