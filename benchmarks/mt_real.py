@@ -2,10 +2,10 @@
 
 Heads and loop neurons are located in four directions on the validation part of the set (en-de, en-fr, de-en, fr-en), refined, and given
 a strength on validation sentences; en-de and en-fr are then measured once on sentences of the test part (2016, Flickr), zero- and
-one-shot. Two forms of heads: `added` (as published: means added; here located with examples in a wrong language), and `replaced` (ours:
-located on the zero-shot prompts that fail, replaced by their means). Controls: three draws of random heads of the same number and layers at
-the chosen strength, the direction's own unrefined set, and the summed function vector. Every stage is a committed unit, so that the
-script can be killed and started again. Needs TROCAR_DATA and the models.
+one-shot. Two forms of heads: `added` (as published: means added at the newest position; here located with examples in a wrong language),
+and `replaced` (ours: located on the zero-shot prompts that fail, replaced by their means at the prompt's last token only). Controls: three
+draws of random heads of the same number and layers at the chosen strength, the direction's own unrefined set, and the summed function
+vector. Every stage is a committed unit, so that the script can be killed and started again. Needs TROCAR_DATA and the models.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ ADDED = RecipeConfig(
     corruption="language", cases=30, case_shots=1, loop_budget=120, unit_tokens=3, k_neurons=100, min_directions=3,
     strength=(0.25, 0.5, 1.0, 2.0, 3.0), tolerance=2.0, validation=24, test_limit=40, max_new_tokens=40, languages=OTHERS, batch_size=20,
 )  # fmt: skip
-FORMS = {"added": ADDED, "replaced": ADDED.model_copy(update={"corruption": "absent", "form": "replace", "strength": (0.5, 1.0)})}
+OURS = {"corruption": "absent", "form": "replace", "positions": "last", "strength": (0.5, 1.0)}
+FORMS = {"added": ADDED, "replaced": ADDED.model_copy(update=OURS)}
 
 
 def run(name: str, forms: Mapping[str, RecipeConfig], folder: Path) -> list[dict[str, Any]]:
