@@ -58,7 +58,7 @@ HEADS = RecipeConfig(
     k_heads=6, k_neurons=15, min_directions=4, max_new_tokens=48, batch_size=80,
 )  # fmt: skip
 OURS = HEADS.model_copy(update={"head_shots": 1, "corruption": "absent"})
-LOOPS = HEADS.model_copy(update={"loop_budget": 110, "unit_tokens": 3, "stored": 30, "min_directions": None})
+LOOPS = HEADS.model_copy(update={"cases": 100, "case_shots": 0, "loop_budget": 110, "unit_tokens": 3, "stored": 30, "min_directions": None})
 Ops = Mapping[Direction, Sequence[Any]]
 
 
@@ -181,7 +181,7 @@ def _heads(bench: Bench, config: RecipeConfig, build: Any, strengths: Sequence[f
 
 
 def planted(seed: int, tested: int, draws: int) -> dict[str, Any]:
-    """Loop neurons against loops whose cause is known, one-shot."""
+    """Loop neurons against loops whose cause is known, zero-shot."""
     bench = Bench("translator-looping", seed, LOOPS, tested)
     model, known = bench.model, set(lab.show("translator-looping", seed)["planted_neurons"])
     scores: dict[str, dict[str, Any]] = {}
@@ -200,27 +200,27 @@ def planted(seed: int, tested: int, draws: int) -> dict[str, Any]:
     def off(chosen: Any, scale: float = 0.0) -> Ops:
         return dict.fromkeys(bench.directions, neurons_scale(model, factors(model, chosen, off=scale)) if chosen else [])
 
-    base = bench.score(1)
+    base = bench.score(0)
     free = np.array(base["free"], bool)
     names = sets["none"].mask.open_names()
-    rows = {"oracle: planted off": bench.score(1, off(sorted(known)), free)}
-    rows |= {f"refined, s={s}": bench.score(1, off(names, s), free) for s in SCALES}
-    rows["shared by all but two"] = bench.score(1, off(some.mask.open_names()), free)
+    rows = {"oracle: planted off": bench.score(0, off(sorted(known)), free)}
+    rows |= {f"refined, s={s}": bench.score(0, off(names, s), free) for s in SCALES}
+    rows["shared by all but two"] = bench.score(0, off(some.mask.open_names()), free)
     own = {d: mask.open_names() for d in bench.directions if (mask := masks["none"][str(d)]) is not None}
-    rows["own set"] = bench.score(1, {d: neurons_scale(model, factors(model, own.get(d, ()))) for d in bench.directions}, free)
-    rows["union"] = bench.score(1, off(sets["none"].union.open_names()), free)
+    rows["own set"] = bench.score(0, {d: neurons_scale(model, factors(model, own.get(d, ()))) for d in bench.directions}, free)
+    rows["union"] = bench.score(0, off(sets["none"].union.open_names()), free)
     for contrast in ("task", "first"):
-        rows[f"refined, contrast {contrast}"] = bench.score(1, off(sets[contrast].mask.open_names()), free)
+        rows[f"refined, contrast {contrast}"] = bench.score(0, off(sets[contrast].mask.open_names()), free)
     for draw in range(draws):
         drawn = random_like(model, sets["none"].mask, Neuron, draw, sorted(known)) if names else []
-        rows[f"random {draw}"] = bench.score(1, off(drawn), free)
+        rows[f"random {draw}"] = bench.score(0, off(drawn), free)
     heads = refined(model, first, "heads", HEADS)
     means: dict[Direction, Any] = {d: first[d].means for d in bench.directions}
-    crossed = bench.score(1, {d: heads_add(model, heads.mask, means[d], 0.5) for d in bench.directions}, free)
+    crossed = bench.score(0, {d: heads_add(model, heads.mask, means[d], 0.5) for d in bench.directions}, free)
     quality = {name: _found(one, known) for name, one in (("refined", names), ("all but two", some.mask.open_names()),
                *((f"contrast {c}", sets[c].mask.open_names()) for c in ("task", "first")))}  # fmt: skip
     return {
-        "one-shot": base, "rows": rows, "planted": sorted(known), "located": names, "quality": quality, "growth": growth(masks["none"]),
+        "base": base, "rows": rows, "planted": sorted(known), "located": names, "quality": quality, "growth": growth(masks["none"]),
         "heads, c=0.5": crossed, "perplexity": bench.perplexity(off(names)), "directions with loops": present,
         "own quality": {str(d): _found(found, known) for d, found in own.items()},
     }  # fmt: skip
@@ -259,8 +259,10 @@ def main() -> None:
             if find(name, seed) is None:
                 print(f"{name} of seed {seed} is not trained here; left out")
                 continue
-            key = {"tested": tested, "draws": draws, "heads": HEADS.model_dump(mode="json"), "loops": LOOPS.model_dump(mode="json"),
-                   "strengths": STRENGTHS, "shares": SHARES, "scales": SCALES, "model": lab.show(name, seed)["accuracy"]}  # fmt: skip
+            common = {"tested": tested, "draws": draws, "model": lab.show(name, seed)["accuracy"]}
+            dumps = [config.model_dump(mode="json") for config in (HEADS, OURS, LOOPS)]
+            own = {"heads": dumps[0], "ours": dumps[1], "strengths": (STRENGTHS, SHARES)}
+            key = common | (own if kind == "natural" else {"loops": dumps[2], "scales": SCALES})
             done[kind][seed] = work.values(f"{kind}-{seed}-{tested}", key, lambda compute=compute, seed=seed: compute(seed, tested, draws))
             print(kind, seed, "measured", flush=True)
     from mt_relations import relations

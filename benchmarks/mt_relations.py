@@ -102,8 +102,8 @@ def _form(forms: Sequence[Any], bases: Sequence[Any], letter: str, what: str, ad
 
 def _loops(planted: Runs, add: Any) -> None:
     runs = list(planted.values())
-    base = [run["one-shot"]["loops"] for run in runs]
-    loops, rest = [run["one-shot"]["chrf_loops"] or np.nan for run in runs], [run["one-shot"]["chrf_free"] for run in runs]
+    base = [run["base"]["loops"] for run in runs]
+    loops, rest = [run["base"]["chrf_loops"] or np.nan for run in runs], [run["base"]["chrf_free"] for run in runs]
     add(
         "R-1b",
         "looping outputs have far lower chrF than the rest (planted)",
@@ -168,7 +168,7 @@ def _loops(planted: Runs, add: Any) -> None:
         },
         all(run["perplexity"]["low"] <= 0 <= run["perplexity"]["high"] for run in runs),
     )
-    curves = [_curve(run, "refined, s=", "loops", run["one-shot"], 1.0) for run in runs]
+    curves = [_curve(run, "refined, s=", "loops", run["base"], 1.0) for run in runs]
     mean = np.mean([[value for _, value in one] for one in curves], axis=0)
     add(
         "R-9c",
@@ -196,7 +196,7 @@ def _both(natural: Runs, planted: Runs, add: Any) -> None:
     for form in ("published", "ours"):
         rows = [(run[form]["rows"][f"refined, c={run[form]['chosen']}"], run["zero-shot"]) for run in natural.values()]
         changes[f"heads, {form}"] = {key: [after[key] - base[key] for after, base in rows] for key in ("mismatch", "loops")}
-    rows = [(run["rows"]["refined, s=0.0"], run["one-shot"]) for run in planted.values()]
+    rows = [(run["rows"]["refined, s=0.0"], run["base"]) for run in planted.values()]
     changes["loop neurons"] = {key: [after[key] - base[key] for after, base in rows] for key in ("mismatch", "loops")}
     heads = all(np.mean(one["mismatch"]) < np.mean(one["loops"]) for name, one in changes.items() if name.startswith("heads"))
     neurons = np.mean(changes["loop neurons"]["loops"]) < np.mean(changes["loop neurons"]["mismatch"])
