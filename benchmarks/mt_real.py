@@ -214,7 +214,7 @@ class _Case:
         row |= {"change of mismatch": round(change.difference, 3), "low": round(change.low, 3), "high": round(change.high, 3)}
         for part, chosen in (("", everything), (", error-free", free), (", errors", ~free)):
             row |= {f"BLEU{part}": score("bleu", chosen), f"chrF{part}": score("chrf", chosen)}
-        return {**row, "n error-free": int(free.sum()), "perplexity ratio": None if general is None else round(general, 3)}
+        return {**row, "n error-free": int(free.sum()), "perplexity ratio, everywhere": None if general is None else round(general, 3)}
 
 
 def main() -> None:

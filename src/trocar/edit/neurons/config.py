@@ -58,7 +58,8 @@ class RecipeConfig(LocateConfig):
     vector_layer (MT-FV).
     strength: of the added means; scale: factor of loop neurons (0: off) and `enhance` of task neurons. Several values: the one with the
     fewest errors on validation sentences is taken among those that cost error-free sentences at most `tolerance` points of chrF.
-    positions, permanent: see `trocar.edit.neurons.plan`. shots: prompt kinds that are measured. test_limit, validation: sentences.
+    positions (of heads), neuron_positions, permanent: see `trocar.edit.neurons.plan`. shots: prompt kinds that are measured. test_limit,
+    validation: sentences.
     max_new_tokens, languages, mode, strict, batch_size: see `translations.Rules`. others: measure the other directions too.
     """
 
@@ -72,6 +73,7 @@ class RecipeConfig(LocateConfig):
     enhance: float = 2.0
     tolerance: float = pydantic.Field(default=1.0, ge=0)
     positions: Literal["last", "generated", "last+generated", "all"] = "last+generated"
+    neuron_positions: Literal["last", "generated", "last+generated", "all"] = "last+generated"
     permanent: bool = False
     shots: tuple[int, ...] = pydantic.Field(default=(0, 1), min_length=1)
     test_limit: int | None = pydantic.Field(default=None, ge=1)

@@ -80,7 +80,7 @@ def operations(
             build = heads_add if config.form == "add" else heads_replace
             ops += build(model, sets["heads"], means, strength, config.positions)
     scaled = factors(model, sets.get("loops", ()), sets.get("task", ()), scale, config.enhance)
-    return ops + neurons_scale(model, scaled, config.positions, config.permanent)
+    return ops + neurons_scale(model, scaled, config.neuron_positions, config.permanent)
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,10 @@ method:
   directions: [en-de, en-fr, de-en, fr-en]   # located one by one; what they share is kept
   repair: en-de                 # the direction whose test sentences are measured
   what: both                    # heads (wrong language), loops (neurons of loops), or both
-  strength: [0.25, 0.5, 1.0]    # of the heads' means; the best on validation sentences is taken
+  corruption: absent            # locate heads on prompts without examples; published: permuted, with form: add
+  form: replace
+  positions: last               # at the prompt's last token; published: last+generated
+  strength: [0.5, 1.0]          # the best on validation sentences is taken
   max_new_tokens: 400           # an output is a loop only if it uses all of them
 
 checks:
