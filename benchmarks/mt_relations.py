@@ -209,5 +209,6 @@ def _falls(values: Sequence[float]) -> bool:
 
 
 def _curve(run: Any, starts: str, key: str, base: Mapping[str, Any], none: float = 0.0) -> list[tuple[float, float]]:
-    found = [(none, base[key])]
-    return found + [(float(label.removeprefix(starts)), row[key]) for label, row in run["rows"].items() if label.startswith(starts)]
+    """(strength, value) from no change to the strongest."""
+    found = [(float(label.removeprefix(starts)), row[key]) for label, row in run["rows"].items() if label.startswith(starts)]
+    return [(none, base[key]), *sorted(found, key=lambda pair: abs(pair[0] - none))]
