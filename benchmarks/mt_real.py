@@ -48,6 +48,7 @@ from trocar.recipe import load_model, load_tokenizer
 
 MODELS = {"gemma3-270m": "Gemma 3 270M", "smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
 MEASURED = ("en-de", "en-fr")
+MEASURED_FORMS = {"gemma3-270m": ("added", "replaced"), "smollm2-135m-instruct": ("replaced",)}  # the second cannot translate
 OTHERS = ("es", "it", "nl", "pt")  # languages an output may stray into
 SEED, DRAWS, WINDOW = 0, 3, 256
 ADDED = RecipeConfig(
@@ -229,7 +230,8 @@ def main() -> None:
         small = {"mean_prompts": 8, "corrupted_prompts": 4, "cases": 8, "test_limit": 8, "validation": 4, "strength": (1.0,)}
         forms = {name: config.model_copy(update=small) for name, config in forms.items()}
     folder = Path("~/.cache/trocar/bench/mt_real").expanduser() / ("quick" if options.quick else "full")
-    rows = [row for name in options.models for row in run(name, forms, folder)]
+    able = {name: {form: config for form, config in forms.items() if form in MEASURED_FORMS[name]} for name in options.models}
+    rows = [row for name, own in able.items() if own for row in run(name, own, folder)]
     settings = {name: config.locating().model_dump(mode="json") for name, config in forms.items()}
     write_result(options.out, "mt_real", [SEED], {"forms": settings, "draws": DRAWS}, real=rows)
 
