@@ -40,7 +40,7 @@ from trocar.trace.queries import answer_tokens, ask, continuations, next_tokens
 
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M"}
 FOUND = 12  # development cases on which the window of blocks is located
-PPL_CASES = 3  # edits after which perplexity is measured
+PPL_CASES = 2  # edits after which perplexity is measured
 CHOSEN = "prompts, ridge 0.1"  # fixed on the development half
 # name: (what the second moment is of, ridge, further settings, blocks: None = the located window)
 SETTINGS: dict[str, tuple[str | None, float, dict[str, Any], str]] = {
@@ -301,7 +301,7 @@ def shown(model: str, part: str, setting: str, blocks: Sequence[int], whole: Map
 
 def perplexities(bench: Bench, edits: Mapping[str, Sequence[Case]], setting: str, window: Sequence[int]) -> dict[str, float]:
     """Perplexity on the test part of WikiText-2 of the unedited model (`base`) and after each of the named edits."""
-    tokens = bench.tokenizer(wikitext("test"), add_special_tokens=False)["input_ids"][: 512 * (12 if bench.quick else 24)]
+    tokens = bench.tokenizer(wikitext("test"), add_special_tokens=False)["input_ids"][: 512 * (12 if bench.quick else 16)]
 
     def value(name: str, cases: Sequence[Case]) -> float:
         key = {"cases": [case.id for case in cases], "setting": setting if cases else "", "window": list(window), "tokens": len(tokens)}
@@ -376,7 +376,7 @@ def measure(bench: Bench, curve: bool) -> dict[str, Any]:
             extra["curve"][name] = whole
             rows.append(shown(model, "development", name, bench.blocks(SETTINGS[name][3], window), whole))
             _say(f"{model}, development, {name}: {_brief(whole)}")
-    if not bench.quick:
+    if curve and not bench.quick:
         wide = [unit(bench, case, CHOSEN, window, None) for case in bench.pick("test", strict=False)]
         whole = condensed(wide)
         rows.append(shown(model, "test, first hop not required", CHOSEN, window, whole))
@@ -467,14 +467,17 @@ def main() -> None:
 
     options = arguments("creme_real", (__doc__ or "").partition("\n")[0], extend=more)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    relations, rows, extra = [], [], {}
-    for name in options.models or list(MODELS)[: 1 if options.quick else None]:
-        bench = Bench(name, options.quick, options.work)
-        _say(f"{MODELS[name]}: {counts(bench)}, window {bench.window()}")
-        part = measure(bench, curve=True)
-        relations, rows, extra = [*relations, *part["relations"]], [*rows, *part["rows"]], {**extra, name: part["extra"]}
-        settings = {"chosen": CHOSEN, "several": list(HOW), "quick": options.quick, "models": extra}
-        write_result(options.out, "creme_real", [0, 1, 2], settings, relations, real=rows)
+    parts: dict[str, dict[str, Any]] = {}
+    chosen = options.models or list(MODELS)[: 1 if options.quick else None]
+    benches = [Bench(name, options.quick, options.work) for name in chosen]
+    for curve in (False, True):  # first what counts, on the test half; then the settings side by side
+        for bench in benches:
+            if not curve:
+                _say(f"{MODELS[bench.name]}: {counts(bench)}, window {bench.window()}")
+            parts[bench.name] = measure(bench, curve)
+            settings = {"chosen": CHOSEN, "several": list(HOW), "quick": options.quick, "models": {n: p["extra"] for n, p in parts.items()}}
+            relations, rows = ([row for part in parts.values() for row in part[kind]] for kind in ("relations", "rows"))
+            write_result(options.out, "creme_real", [0, 1, 2], settings, relations, real=rows)
 
 
 if __name__ == "__main__":
