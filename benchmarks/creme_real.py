@@ -26,13 +26,13 @@ import torch
 from common import ROOT, arguments, write_result
 from creme_real_several import HOW, several, stacked
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trocar.edit.creme.layers import choose_layers
-from trocar.edit.creme.ordinary import ordinary_prompts
 
 from trocar.anatomy import Anatomy, fingerprint
 from trocar.core.workspace import Workspace
 from trocar.edit import creme
 from trocar.edit.creme import Case, CremeConfig, Moments, creme_edit, second_moment
+from trocar.edit.creme.layers import choose_layers
+from trocar.edit.creme.ordinary import ordinary_prompts
 from trocar.evaluate import Measurement, perplexity
 from trocar.patch import Patch
 from trocar.trace.prefix import capture_prefix
@@ -105,6 +105,7 @@ class Bench:
     def moments(self, kind: str, layers: Sequence[int]) -> Moments:
         """Second moments of all blocks that any setting edits, taken once."""
         if kind not in self._moments:
+            more: dict[str, Any]
             if kind == "text":
                 texts, more = [wikitext("valid")[:120_000]], {"positions": "all", "length": 256}
             else:

@@ -101,7 +101,7 @@ def weights(bench: Any) -> Mapping[str, str]:
 
 def _cosine(one: Patch, two: Patch, where: str) -> float:
     """Of the two updates of one matrix, as vectors of its entries."""
-    changes = [next(op for op in patch.ops if op.parameter == where) for patch in (one, two)]
+    changes: list[Any] = [next(op for op in patch.ops if getattr(op, "parameter", None) == where) for patch in (one, two)]
     (a, b), (c, d) = ((op.b.double(), op.a.double()) for op in changes)
     inner = float(((a.T @ c) * (b @ d.T)).sum())
     norms = [float(((x.T @ x) * (y @ y.T)).sum()) ** 0.5 for x, y in ((a, b), (c, d))]
