@@ -36,7 +36,7 @@ from trocar.locate.cases import interval
 from trocar.trace.queries import answer_tokens, next_tokens
 
 MODULES = ("block", "attention", "mlp")
-WINDOW = 2  # layers; the reference's 6 of 32, scaled to 6 to 8 layers
+WINDOWS = (2, 3)  # layers; the reference's 6 of 32 scaled to 6 to 8 layers, and one more
 DECODABLE = 10  # times the probability of a guess at random: below that, a lens curve says nothing
 VANISHED = 0.1  # share of the largest effect
 GAP = 0.05
@@ -196,63 +196,55 @@ def caused(bases: Sequence[Base], peaks: dict[int, int]) -> tuple[Row, Row]:
     )
 
 
-def located(bases: Sequence[Base]) -> tuple[Row, dict[int, Any]]:
-    """R-4, and the single-layer effects per seed for the screening."""
-    values, holds, weakest, single = {}, [], None, {}
+def located(bases: Sequence[Base], width: int) -> Row:
+    """R-4 with windows of one width. Layer 0 is in no window: it reads the source's own words."""
+    values, holds, weakest = {}, [], None
     for base in bases:
         prompts, sources, answers = base.prompts(base.failed)
-        arguments_ = (base.model, base.tokenizer, prompts, sources, answers)
-        single[base.seed] = module_effects(*arguments_)
-        whole = module_effects(*arguments_, ("attention", "mlp"), window=WINDOW)
-        half = len(prompts) // 2
-        centre = WINDOW // 2
-        inner = whole.effects["attention"][:half, centre + 2 : base.layers - WINDOW + centre]  # neither layer 1 nor the last
-        at = centre + 2 + int(inner.mean(0).argmax())
-        early, late = centre + 1, base.layers - WINDOW + centre
-        attention, mlp = whole.effects["attention"][half:], whole.effects["mlp"][half:]
+        found = module_effects(base.model, base.tokenizer, prompts, sources, answers, ("attention", "mlp"), window=width)
+        half, early, late = len(prompts) // 2, 1 + width // 2, base.layers - width + width // 2  # effects of a window stand at its centre
+        at = early + 1 + int(found.effects["attention"][:half, early + 1 : late].mean(0).argmax())
+        attention, mlp = found.effects["attention"][half:], found.effects["mlp"][half:]
         gaps = {
             "over early window": estimate(attention[:, at] - attention[:, early]),
             "over late window": estimate(attention[:, at] - attention[:, late]),
-            "over MLP of the same window": estimate(attention[:, at] - mlp[:, at]),
+            "over MLPs of the same window": estimate(attention[:, at] - mlp[:, at]),
         }
-        start = at - centre
+        start = at - width // 2
         values[f"seed {base.seed}"] = {
-            "window": f"{start}-{start + WINDOW - 1}",
+            "window": f"{start}-{start + width - 1}",
             "effect there": estimate(attention[:, at]),
             **gaps,
-            "attention, single layers": rounded(single[base.seed].effects["attention"].mean(0)),
-            "MLP, single layers": rounded(single[base.seed].effects["mlp"].mean(0)),
-            "block outputs": rounded(single[base.seed].effects["block"].mean(0)),
-            "attention, windows": rounded(whole.effects["attention"].mean(0)),
-            "MLP, windows": rounded(whole.effects["mlp"].mean(0)),
-            "clean": round(float(whole.clean.mean()), 4),
-            "source": round(float(whole.source.mean()), 4),
-            "chosen from all cases": list(best_window(whole, WINDOW)),
+            "attention, windows": rounded(found.effects["attention"].mean(0)),
+            "MLP, windows": rounded(found.effects["mlp"].mean(0)),
+            "score before": round(float(found.clean.mean()), 4),
+            "score of the source": round(float(found.source.mean()), 4),
+            "best of all cases": "-".join(str(layer) for layer in best_window(found, width)),
         }
         holds.append(all(e["low"] > 0 for e in gaps.values()))
-        worst = min(((e["low"], e["high"]) for e in gaps.values()), default=(0, 0))
+        worst = min((e["low"], e["high"]) for e in gaps.values())
         weakest = min(weakest or worst, worst)
-    row = {
-        "claim": "failed items: copying the attention of the best middle window (chosen on the other half of the cases) repairs more than "
-        "early and late windows and than the MLPs of the same window",
+    return {
+        "claim": f"failed items: copying the attention of the best middle window of {width} layers (chosen on the other half of the cases) "
+        "repairs more than early and late windows and than the MLPs of the same window",
         "values": values,
         "interval": weakest,
         "holds": all(holds),
     }
-    return row, single
 
 
-def screened(bases: Sequence[Base], single: dict[int, Any], quick: bool) -> tuple[Row, Row]:
+def screened(bases: Sequence[Base], quick: bool) -> tuple[Row, Row]:
     """How well one backward pass ranks modules, heads and neurons, and what a screening by it misses."""
     ranks, recalls, good, found_all = {}, {}, [], []
     for base in bases:
         prompts, sources, answers = base.prompts(base.failed)
         arguments_ = (base.model, base.tokenizer, prompts, sources, answers)
+        single = module_effects(*arguments_)
         guess = first_order_effects(*arguments_, ("block", "attention", "mlp", "head", "neuron"))
         heads = [component for component, _ in guess.scores("head").sorted()]
         values = component_effects(*arguments_, heads).mean(0)
         exact = Scores("head", "", dict(zip(heads, values.tolist(), strict=True)), guess.how)
-        row = {kind: rank_correlation(guess.scores(kind), single[base.seed].scores(kind).with_how(guess.how)) for kind in MODULES}
+        row = {kind: rank_correlation(guess.scores(kind), single.scores(kind).with_how(guess.how)) for kind in MODULES}
         row["head"] = rank_correlation(guess.scores("head"), exact)
         k, wanted = len(heads) // 4, len(heads) // 8
         by_head = screen(guess.scores("head"), lambda c, e=exact: [e[x] for x in c], k, wanted=wanted, known=exact)
@@ -267,7 +259,9 @@ def screened(bases: Sequence[Base], single: dict[int, Any], quick: bool) -> tupl
             seed=base.seed,
         )
         row["neuron (verified and sampled)"] = by_neuron.correlation
-        ranks[f"seed {base.seed}"] = {name: round(float(x), 3) for name, x in row.items()}
+        ranks[f"seed {base.seed}"] = {name: round(float(x), 3) for name, x in row.items()} | {
+            f"exact effects, {kind}": rounded(single.effects[kind].mean(0)) for kind in MODULES
+        }
         recalls[f"seed {base.seed}"] = {"heads": rounded_row(by_head.row()), "neurons, estimated": rounded_row(by_neuron.row())}
         good.append(min(row["attention"], row["head"]) >= 0.7)
         found_all.append((by_head.recall or 0) >= 0.75)
@@ -305,13 +299,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         bases = [load(variant, seed, limit) for seed in given.seeds]
         lens_row, peaks = through_lens(bases)
         more, gone = caused(bases, peaks)
-        where, single = located(bases)
-        ranks, recalls = screened(bases, single, given.quick)
-        rows = {"R-1": gap(bases), "R-2": lens_row, "R-3a": more, "R-3b": gone, "R-4": where, "F-1": ranks, "F-2": recalls}
+        rows = {"R-1": gap(bases), "R-2": lens_row, "R-3a": more, "R-3b": gone}
+        rows |= {f"R-4, {width} layers": located(bases, width) for width in WINDOWS}
+        rows["F-1"], rows["F-2"] = screened(bases, given.quick)
         for number, row in rows.items():
             relations.append({"id": f"{number}/{variant}", **row})
             print(f"{number}/{variant}", "holds" if row["holds"] else "fails", flush=True)
-    settings = {"cases": limit, "window": WINDOW, "answers": "probability of the answer's only token", "resamples": 2000}
+    settings = {"cases": limit, "windows": list(WINDOWS), "answers": "probability of the answer's only token", "resamples": 2000}
     write_result(given.out, "creme_locate", given.seeds, settings, relations)
 
 

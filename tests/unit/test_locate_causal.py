@@ -357,6 +357,15 @@ def test_interventions_on_the_implicit_answer_follow_the_definition(family: str,
     np.testing.assert_allclose(found.relative, found.bridge / found.clean[:, None])
 
 
+def test_a_share_of_the_change_is_asked_and_none_changes_nothing(words: Any) -> None:
+    model = model_of("llama")
+    none = implicit_effects(model, words, PROMPTS, BRIDGES, ANSWERS, strength=0, fingerprint="")
+    assert not none.bridge.any()
+    assert not none.control.any()
+    sizes = [np.abs(implicit_effects(model, words, PROMPTS, BRIDGES, ANSWERS, strength=x, fingerprint="").bridge) for x in (1e-3, 2e-3)]
+    np.testing.assert_allclose(sizes[1], 2 * sizes[0], rtol=0.1, atol=1e-6)
+
+
 def test_control_tokens_follow_the_seed_and_shared_tokens_are_the_bridges(words: Any) -> None:
     model = model_of("llama")
     one, same, other = (implicit_effects(model, words, PROMPTS, BRIDGES, ANSWERS, seed=seed, fingerprint="").control for seed in (0, 0, 1))

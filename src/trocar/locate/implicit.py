@@ -107,13 +107,13 @@ class _Request:
     action: str
     inverse: LeftInverse | None
     compensation: float
+    strength: float
 
     def change(self, tokens: Sequence[int]) -> torch.Tensor:
         """What is asked of the tokens' logits, (layers, tokens)."""
         logits = self.states.double() @ self.weight[list(tokens)].double().T
-        if self.action == "suppress":
-            return self.low[:, None].minimum(logits) - logits
-        return self.high[:, None].maximum(2 * logits) - logits
+        aim = self.low[:, None].minimum(logits) if self.action == "suppress" else self.high[:, None].maximum(2 * logits)
+        return self.strength * (aim - logits)
 
     def shift(self, tokens: Sequence[int], kept: Sequence[int], compensate: bool) -> torch.Tensor:
         """The change of the states, (layers, width) float64, that leaves the logits of the tokens `kept` as they are, or nearly so."""
@@ -171,6 +171,7 @@ def implicit_effects(
     *,
     action: Literal["suppress", "enhance"] = "suppress",
     solver: Literal["exact", "pinv"] = "exact",
+    strength: float = 1.0,
     compensation: float = COMPENSATION,
     mode: Mode = "sequence",
     seed: int = 0,
@@ -186,7 +187,8 @@ def implicit_effects(
     explicit answer's own logits as they are, so that what remains is the indirect effect; `pinv` is the published form (left inverse of
     the unembedding, which realises about width / V of what is asked) with its `compensation` for the explicit answer (0: none). The
     control acts on as many tokens, drawn from `seed` out of the rest of the vocabulary (`exact` holds the explicit answer there too,
-    `pinv` does not compensate). options: of `sweep`.
+    `pinv` does not compensate). strength: share of the change that is asked for; 1 is the published setting. Where the lowest logit lies
+    far below the others (Gemma 3), it wrecks the state whatever the tokens are, which the control shows. options: of `sweep`.
 
     Tokens of both answers count for the bridge only, with a warning. Raises DataError for unequal numbers, unknown words and settings,
     UnsupportedModelError where the head does not read the residual stream.
@@ -212,7 +214,7 @@ def implicit_effects(
         shared += len(kept) < len(both)
         others = torch.tensor([t for t in range(len(weight)) if t not in {*tokens, *kept}])
         drawn = others[torch.randperm(len(others), generator=generator(seed, "control", case))[: len(tokens)]].tolist()
-        request = _Request(weight, states[case], low[case], high[case], action, inverse, compensation)
+        request = _Request(weight, states[case], low[case], high[case], action, inverse, compensation, strength)
         shifts[0, case] = request.shift(tokens, kept, compensate=True)
         shifts[1, case] = request.shift(drawn, kept, compensate=False)
     if shared:
@@ -226,7 +228,7 @@ def implicit_effects(
     change = (found[1:] - found[0]).reshape(2, tower.n_layers, len(prompts)).transpose(1, 2).numpy()
     how = told(
         *("implicit answer", anatomy.model, fingerprint),
-        **{"cases": len(prompts), "action": action, "solver": solver, "mode": mode, "seed": seed},
+        **{"cases": len(prompts), "action": action, "solver": solver, "strength": strength, "mode": mode, "seed": seed},
         **({"compensation": compensation} if solver == "pinv" else {}),
     )
     return Implicit(found[0].numpy(), change[0], change[1], action, solver, mode, tower, how)
