@@ -120,13 +120,14 @@ class Base:
             lab.train(row.name, seed=self.seed)
         self.model, _ = lab.load(row.name, self.seed)
         self.fingerprint = fingerprint(self.model)
-        self.parts, size = split(row.data, self.seed), row.shape.image
+        data, shape, _ = row.pictures()
+        self.parts, size = split(data, self.seed), shape.image
         self.pixels = lambda rows: failures.pixel_values(self.parts, rows, size)
         common = failures.logits(self.model, self.pixels(self.parts.common_test))
-        labels = self.parts.labels(self.parts.common_test, row.data.label)
+        labels = self.parts.labels(self.parts.common_test, data.label)
         unseen = failures.logits(self.model, self.pixels(self.parts.rare_unseen))
-        truth = self.parts.labels(self.parts.rare_unseen, row.data.label)
-        found = failures.groups(self.parts, row.data.label, row.data.part, unseen)
+        truth = self.parts.labels(self.parts.rare_unseen, data.label)
+        found = failures.groups(self.parts, data.label, data.part, unseen)
         self.groups = found[: 12 if quick else 30]
         near = failures.locality(common, labels, self.parts.common_test, self.seed, SENSITIVE, RANDOM)
         self.facts = {
@@ -145,10 +146,10 @@ class Base:
         self.members = [self._drawn(group, per) for group in self.groups]
         self.starts = [sum(len(rows) for rows in self.members[:g]) for g in range(len(self.members) + 1)]
         rows = [r for members in self.members for r in members]
-        self.failing, self.truth = self.pixels(rows), self.parts.labels(rows, row.data.label)
+        self.failing, self.truth = self.pixels(rows), self.parts.labels(rows, data.label)
         self.near = [*near["sensitive"], *near["random"]]
         self.n_sensitive, self.near_pixels = len(near["sensitive"]), self.pixels(self.near)
-        self.near_truth = self.parts.labels(self.near, row.data.label)
+        self.near_truth = self.parts.labels(self.near, data.label)
         self._cache: dict[int, tuple[Place, Rows, Rows, torch.Tensor, torch.Tensor]] = {}
         self._networks: dict[str, MaskHypernetwork] = {}
         self._training_images: torch.Tensor | None = None
@@ -163,7 +164,7 @@ class Base:
     def training_images(self) -> torch.Tensor:
         """4,096 training pictures of common parts: what labels are made from."""
         if self._training_images is None:
-            column = self.parts.table.columns[registry.get(NAMES[self.kind]).data.part]
+            column = self.parts.table.columns[registry.get(NAMES[self.kind]).pictures()[0].part]
             rare = set(self.parts.rare.values()) if self.kind == "cifar" else set()
             common = [r for r in self.parts.train if column[r] not in rare]
             order = torch.randperm(len(common), generator=generator(self.seed, "label pictures"))[:4096]
