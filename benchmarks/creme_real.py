@@ -341,11 +341,12 @@ def measure(bench: Bench, curve: bool) -> dict[str, Any]:
     if bench.quick:
         test, dev = test[:6], dev[:6]
     names = QUICK if bench.quick else TESTED
+    spaced = test[:: max(1, len(test) // 5)][:5]  # neighbours in the file share their subject
     tag, found, rows = bench.name.partition("-")[0], {}, []
     for name in names:
         found[name] = [unit(bench, case, name, window, None) for case in test]
         _say(f"{model}, test, {name}: {_brief(condensed(found[name]))}")
-    ppl = {name: perplexities(bench, {case.id: [case] for case in test[:PPL_CASES]}, name, window) for name in names}
+    ppl = {name: perplexities(bench, {case.id: [case] for case in spaced[:PPL_CASES]}, name, window) for name in names}
     ratios = {name: max(value / values["base"] for value in values.values()) for name, values in ppl.items()}
     for name in names:
         text = f"{ppl[name]['base']:.2f}, at most {100 * (ratios[name] - 1):+.2f} %"
@@ -353,7 +354,7 @@ def measure(bench: Bench, curve: bool) -> dict[str, Any]:
     relations = claims(tag, found, ratios)
     many = several(bench, test, CHOSEN, window, bench.quick)
     pile = bench.work.values(
-        "stacked", {"cases": [case.id for case in test[:5]], "window": list(window)}, lambda: stacked(bench, test[:5], CHOSEN, window)
+        "stacked", {"cases": [case.id for case in spaced], "window": list(window)}, lambda: stacked(bench, spaced, CHOSEN, window)
     )
     _say(f"{model}, several: {[(row['how'], row['size'], row['repaired'], row['moved']) for row in many]}; stacked: {pile}")
     exact = pile["undoing one leaves exactly the others"] and pile["undoing all leaves exactly the model"]
@@ -367,7 +368,7 @@ def measure(bench: Bench, curve: bool) -> dict[str, Any]:
         "perplexity of several edits (batch)": perplexities(bench, sets, CHOSEN, window) if sets else {},
         "several": _grouped(many),
         "stacked": pile,
-        "examples": examples(bench, test[:8], CHOSEN, window),
+        "examples": examples(bench, test[::3][:8], CHOSEN, window),
         "test": {name: condensed(units) for name, units in found.items()},
     }
     if curve:
