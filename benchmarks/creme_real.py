@@ -40,6 +40,7 @@ from trocar.trace.queries import answer_tokens, ask, continuations, next_tokens
 
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M"}
 FOUND = 12  # development cases on which the window of blocks is located
+CURVE_CASES = 9  # development cases, spread over them, on which the settings are compared
 PPL_CASES = 2  # edits after which perplexity is measured
 CHOSEN = "prompts, ridge 0.1"  # fixed on the development half
 # name: (what the second moment is of, ridge, further settings, blocks: None = the located window)
@@ -340,6 +341,7 @@ def measure(bench: Bench, curve: bool) -> dict[str, Any]:
     test, dev = bench.pick("test"), bench.pick("dev")
     if bench.quick:
         test, dev = test[:6], dev[:6]
+    dev = dev[:: -(-len(dev) // CURVE_CASES)]
     names = QUICK if bench.quick else TESTED
     spaced = test[:: max(1, len(test) // 5)][:5]  # neighbours in the file share their subject
     tag, found, rows = bench.name.partition("-")[0], {}, []
