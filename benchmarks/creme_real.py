@@ -143,6 +143,9 @@ class Bench:
             result = creme_edit(self.anatomy, self.tokenizer, list(cases), config.model_copy(update=more), moments, checked=False)
         return result.patch, list(result.layers)
 
+    def forget(self) -> None:
+        self._asked.clear()
+
     def asked(self, name: str, queries: Sequence[tuple[str, str]], layer: int, mode: str = "first") -> Said:
         """Questions and what the unedited model says to them, kept for all edits from block `layer` on."""
         key = f"{name} {layer} {mode}"
@@ -376,6 +379,7 @@ def measure(bench: Bench, curve: bool) -> dict[str, Any]:
     if curve:
         extra["curve"] = {}
         for name in names if bench.quick else SETTINGS:
+            bench.forget()  # an edit of lower blocks has rewritten weights below the kept prefixes, to the same values
             whole = condensed([unit(bench, case, name, window, 48) for case in dev])
             extra["curve"][name] = whole
             rows.append(shown(model, "development", name, bench.blocks(SETTINGS[name][3], window), whole))
