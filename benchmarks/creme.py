@@ -178,6 +178,8 @@ def settings_of(study: Study, quick: bool) -> dict[str, tuple[Any, Callable[[Cas
     for strength in (1.0, 10.0):
         key = {"layer": middle[0], "strength": strength}
         found[f"memory injection, first located block, {strength:g}"] = (key, _injection(study, middle[0], strength))
+    longer = published.model_copy(update={"steps": 60, "clamp": 16.0})  # the published search is short for a model of this size
+    found["ROME, searched longer"] = (longer.model_dump(mode="json"), _rome(study, longer))
     return found
 
 
