@@ -315,13 +315,12 @@ def relations(means: Means, counts: Sequence[dict[str, int]]) -> list[dict[str, 
         c.add("R-8 (kept)", "with both prompts' keys projected out, neither loses (within 2 %)", lost, bool((lost < 0.02).all()))
         change = c(kept, "edited") - c("located", "edited")
         c.add("R-8 (kept: correction)", "and the correction is the same within .05", change, bool((change > -0.05).all()))
-    facts = [name for name in means if name.startswith("ROME")]
-    best = max(facts, key=lambda name: c(name, "event").mean())
-    for setting in ("located", "located, text"):
-        leak = c(best, "leakage") - c(setting, "leakage")
-        c.positive(f"R-9 (leakage; {setting})", f"{best} leaks more of the target into unrelated questions", leak)
-    c.add("R-9 (event)", f"{best} has at least the event rate of CREME", c(best, "event") - c("located", "event"),
-          bool((c(best, "event") >= c("located", "event")).all()))  # fmt: skip
+    for name in (name for name in means if name.startswith("ROME")):
+        for setting in ("located", "located, text"):
+            leak = c(name, "leakage") - c(setting, "leakage")
+            c.positive(f"R-9 (leakage; {name}; {setting})", f"{name} leaks more of the target into unrelated questions than CREME", leak)
+        event = c(name, "event") - c("located", "event")
+        c.add(f"R-9 (event; {name})", f"{name} has at least the event rate of CREME", event, bool((event >= 0).all()))
     gain = c("located", "edited") - c("unedited", "edited")
     chance = c("located, random direction", "edited") - c("unedited", "edited")
     c.add("R-10 (random)", "a random left factor of equal norm raises the target by less than a tenth of the edit's rise", chance / gain,

@@ -25,18 +25,19 @@ import numpy as np
 import torch
 from common import ROOT, arguments, write_result
 from creme_real_several import HOW, several, stacked
+from creme_real_table import brief, claims, condensed, grouped, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trocar.anatomy import Anatomy, fingerprint
 from trocar.core.workspace import Workspace
 from trocar.edit import creme
 from trocar.edit.creme import Case, CremeConfig, Moments, creme_edit, second_moment
+from trocar.edit.creme.asking import Questions
 from trocar.edit.creme.layers import choose_layers
 from trocar.edit.creme.ordinary import ordinary_prompts
-from trocar.evaluate import Measurement, perplexity
+from trocar.evaluate import perplexity
 from trocar.patch import Patch
-from trocar.trace.prefix import capture_prefix
-from trocar.trace.queries import answer_tokens, ask, continuations, next_tokens
+from trocar.trace.queries import answer_tokens, continuations, next_tokens
 
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M"}
 FOUND = 12  # development cases on which the window of blocks is located
@@ -155,34 +156,19 @@ class Bench:
 
 
 class Said:
-    """Prompts with their answers, the lower part of the model computed once."""
+    """Prompts with their answers, asked of the unedited model (`before`) and, by `now`, of whatever the model has become."""
 
     def __init__(self, bench: Bench, queries: Sequence[tuple[str, str]], layer: int, mode: Any) -> None:
-        self.queries, order = list(queries), sorted(range(len(queries)), key=lambda row: len(queries[row][0]))
-        self.batches = []
-        for start in range(0, len(order), 32):
-            rows = order[start : start + 32]
-            asked = ask(bench.anatomy, bench.tokenizer, [queries[row][0] for row in rows], [queries[row][1] for row in rows], mode)
-            keep = max(map(len, asked.tokens)) if mode == "sequence" else 1
-            with torch.no_grad():
-                prefix = capture_prefix(bench.anatomy, {**asked.inputs, "logits_to_keep": keep}, layer)
-            self.batches.append((rows, asked, prefix))
+        self.queries = list(queries)
+        self.questions = Questions(bench.anatomy, bench.tokenizer, self.queries, layer, mode)
+        self.answers = np.array([answer_tokens(bench.tokenizer, answer, prompt)[0] for prompt, answer in self.queries])
         self.before = self.now()
 
     def now(self) -> dict[str, list[float]]:
         """Of each query, as the model is now: first token, whether it is the answer's, probability of the answer, whole answer said."""
-        found: dict[str, list[float]] = {name: [0.0] * len(self.queries) for name in ("first", "right", "score", "whole")}
-        for rows, asked, prefix in self.batches:
-            with torch.no_grad():
-                output = prefix.run()
-            scores, best = asked.metric(output, torch.arange(len(rows))), output.logits.argmax(-1)
-            for spot, row in enumerate(rows):
-                tokens = asked.tokens[spot] if asked.mode == "sequence" else asked.tokens[spot][:1]
-                said = best[spot, -len(tokens) :].tolist()
-                values = (said[0], said[0] == tokens[0], scores[spot], said == list(tokens))
-                for name, value in zip(found, values, strict=True):
-                    found[name][row] = float(value)
-        return found
+        said = self.questions.say(self.queries)
+        columns = {"first": said.first, "right": said.first == self.answers, "score": said.score, "whole": said.right}
+        return {name: column.astype(float).tolist() for name, column in columns.items()}
 
 
 def all_cases() -> list[Case]:
@@ -240,70 +226,6 @@ def unit(bench: Bench, case: Case, setting: str, window: Sequence[int], most: in
     return bench.work.room("units").values(name, key, compute)
 
 
-def spread(values: Sequence[float], before: Sequence[float] | None = None, groups: Sequence[Any] | None = None) -> dict[str, float]:
-    """Mean after and before, and the 95 % interval of their difference (bootstrap over units or groups)."""
-    start = [0.0] * len(values) if before is None else list(before)
-    row = Measurement(
-        "share", "case", np.array(start, float), np.array(values, float), "", "before", "after", groups=groups, form="number"
-    ).summary(resamples=2000)
-    return {"before": row.before, "after": row.after, "low": row.before + row.low, "high": row.before + row.high}
-
-
-def condensed(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all cases of one setting say together."""
-    whole: dict[str, Any] = {"cases": len(units)}
-    for name in ("moved", "broken", "leaked"):
-        whole[name] = spread([float(np.mean(unit[name])) for unit in units if unit[name]])
-    for name in ("correction", "paraphrase", "generalisation", "specificity", "leakage", "guide", "first hop"):
-        for kind in ("right", "score", "whole"):
-            pairs = [
-                (number, unit["before"][kind][row], unit["after"][kind][row])
-                for number, unit in enumerate(units)
-                for row, label in enumerate(unit["sets"])
-                if label == name
-            ]
-            if pairs:
-                groups, before, after = zip(*pairs, strict=True)
-                whole[f"{name} {kind}"] = spread(after, before, groups)
-    before, after = ([unit[side]["score"][0] for unit in units] for side in ("before", "after"))
-    change = (np.array(after) - np.array(before)) / np.maximum(before, 1e-12)
-    whole["relative"] = {"mean": float(change.mean()), "median": float(np.median(change))}
-    whole["share"] = float(np.mean([unit["share"] for unit in units]))
-    whole["seconds"] = float(np.median([unit["seconds"] for unit in units]))
-    return whole
-
-
-def shown(model: str, part: str, setting: str, blocks: Sequence[int], whole: Mapping[str, Any], ppl: str = "") -> dict[str, Any]:
-    """One row of the table of real models; shares in percent, with intervals where they matter."""
-
-    def percent(name: str, interval: bool = True) -> str:
-        if name not in whole:
-            return ""
-        row = whole[name]
-        ends = f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})" if interval and not np.isnan(row["low"]) else ""
-        return f"{100 * row['after']:.1f}{ends}" if name in ("moved", "broken") else f"{100 * row['after']:.0f}{ends}"
-
-    def change(name: str) -> str:
-        return f"{100 * whole[name]['before']:.0f} to {100 * whole[name]['after']:.0f}" if name in whole else ""
-
-    return {
-        "model": model,
-        "part": part,
-        "setting": setting,
-        "blocks": f"{blocks[0]}-{blocks[-1]}",
-        "cases": whole["cases"],
-        "repaired %": percent("correction right"),
-        "whole answer %": percent("correction whole", False),
-        "moved %": percent("moved"),
-        "solved ones broken %": percent("broken", False),
-        "paraphrases right %": change("paraphrase right"),
-        "generalisations right %": change("generalisation right"),
-        "unrelated right %": change("specificity right"),
-        "guides right %": change("guide right"),
-        "perplexity": ppl,
-    }
-
-
 def perplexities(bench: Bench, edits: Mapping[str, Sequence[Case]], setting: str, window: Sequence[int]) -> dict[str, float]:
     """Perplexity on the test part of WikiText-2 of the unedited model (`base`) and after each of the named edits."""
     tokens = bench.tokenizer(wikitext("test"), add_special_tokens=False)["input_ids"][: 512 * (12 if bench.quick else 16)]
@@ -350,29 +272,35 @@ def measure(bench: Bench, curve: bool) -> dict[str, Any]:
     tag, found, rows = bench.name.partition("-")[0], {}, []
     for name in names:
         found[name] = [unit(bench, case, name, window, None) for case in test]
-        _say(f"{model}, test, {name}: {_brief(condensed(found[name]))}")
+        _say(f"{model}, test, {name}: {brief(condensed(found[name]))}")
     ppl = {name: perplexities(bench, {case.id: [case] for case in spaced[:PPL_CASES]}, name, window) for name in names}
     ratios = {name: max(value / values["base"] for value in values.values()) for name, values in ppl.items()}
     for name in names:
         text = f"{ppl[name]['base']:.2f}, at most {100 * (ratios[name] - 1):+.2f} %"
         rows.append(shown(model, "test", name, bench.blocks(SETTINGS[name][3], window), condensed(found[name]), text))
-    relations = claims(tag, found, ratios)
+    relations = claims(tag, found, ratios, CHOSEN)
     many = several(bench, test, CHOSEN, window, bench.quick)
-    pile = bench.work.values(
-        "stacked", {"cases": [case.id for case in spaced], "window": list(window)}, lambda: stacked(bench, spaced, CHOSEN, window)
-    )
-    _say(f"{model}, several: {[(row['how'], row['size'], row['repaired'], row['moved']) for row in many]}; stacked: {pile}")
-    exact = pile["undoing one leaves exactly the others"] and pile["undoing all leaves exactly the model"]
+    key = {"window": list(window)}
+
+    def pile(five: Sequence[Case]) -> Any:
+        return lambda: stacked(bench, five, CHOSEN, window)
+
+    piles = {
+        which: bench.work.values(f"stacked-{which}", key | {"cases": [case.id for case in five]}, pile(five))
+        for which, five in (("spread", spaced), ("neighbours", test[:5]))
+    }
+    _say(f"{model}, several: {[(row['how'], row['size'], row['repaired'], row['moved']) for row in many]}; stacked: {piles}")
+    exact = all(one["undoing one leaves exactly the others"] and one["undoing all leaves exactly the model"] for one in piles.values())
     claim = "undoing one of a stack of edits leaves exactly the others, undoing all exactly the model"
-    relations.append({"id": f"{tag}-stack", "claim": claim, "values": pile, "interval": None, "holds": bool(exact)})
+    relations.append({"id": f"{tag}-stack", "claim": claim, "values": piles, "interval": None, "holds": bool(exact)})
     sets = {f"all {size}": list(test[:size]) for size in (5, 20) if size <= len(test)}
     extra = {
         "window": list(window),
         "counts": counts(bench),
         "perplexity": ppl,
         "perplexity of several edits (batch)": perplexities(bench, sets, CHOSEN, window) if sets else {},
-        "several": _grouped(many),
-        "stacked": pile,
+        "several": grouped(many),
+        "stacked": piles,
         "examples": examples(bench, test[::3][:8], CHOSEN, window),
         "test": {name: condensed(units) for name, units in found.items()},
     }
@@ -383,50 +311,13 @@ def measure(bench: Bench, curve: bool) -> dict[str, Any]:
             whole = condensed([unit(bench, case, name, window, 48) for case in dev])
             extra["curve"][name] = whole
             rows.append(shown(model, "development", name, bench.blocks(SETTINGS[name][3], window), whole))
-            _say(f"{model}, development, {name}: {_brief(whole)}")
+            _say(f"{model}, development, {name}: {brief(whole)}")
     if curve and not bench.quick:
         wide = [unit(bench, case, CHOSEN, window, None) for case in bench.pick("test", strict=False)]
         whole = condensed(wide)
         rows.append(shown(model, "test, first hop not required", CHOSEN, window, whole))
         extra["test, first hop not required"] = whole
     return {"relations": relations, "rows": rows, "extra": extra}
-
-
-def claims(tag: str, found: Mapping[str, Sequence[Mapping[str, Any]]], ratios: Mapping[str, float]) -> list[dict[str, Any]]:
-    """What is claimed of the chosen setting on the test half, and whether it holds."""
-    chosen, published = found[CHOSEN], found["identity (published)"]
-    whole = condensed(chosen)
-    repaired, moved = whole["correction right"], whole["moved"]
-    rows: list[dict[str, Any]] = [
-        {
-            "id": f"{tag}-aim",
-            "claim": "at least 75 % of the gap repaired, at most 10 % of the other two-hop questions moved",
-            "values": {"repaired": repaired["after"], "moved": moved["after"]},
-            "interval": (repaired["low"], repaired["high"]),
-            "holds": repaired["after"] >= 0.75 and moved["after"] <= 0.10,
-        },
-        {
-            "id": f"{tag}-perplexity",
-            "claim": "perplexity on WikiText-2 within 1 % after two single edits",
-            "values": ratios[CHOSEN],
-            "interval": None,
-            "holds": ratios[CHOSEN] <= 1.01,
-        },
-    ]
-    gains = {
-        name: whole[f"{name} score"] for name in ("correction", "paraphrase", "generalisation", "specificity") if f"{name} score" in whole
-    }
-    steps = {name: gain["after"] - gain["before"] for name, gain in gains.items()}
-    if len(steps) == 4:
-        ordered = steps["correction"] > steps["paraphrase"] > steps["generalisation"] > max(0, abs(steps["specificity"]))
-        claim = "gain in probability: correction > paraphrase > generalisation > |unrelated|"
-        rows.append({"id": f"{tag}-R-5", "claim": claim, "values": steps, "interval": None, "holds": ordered})
-    paired = spread(*[[float(np.mean(unit["moved"])) for unit in units] for units in (chosen, published)])
-    interval = (paired["low"] - paired["before"], paired["high"] - paired["before"])
-    values = {"ours": paired["after"], "published": paired["before"]}
-    claim = "with the second moment of ordinary prompts fewer other questions move than with the identity"
-    rows.append({"id": f"{tag}-R-11", "claim": claim, "values": values, "interval": interval, "holds": interval[1] < 0})
-    return rows
 
 
 def counts(bench: Bench) -> dict[str, Any]:
@@ -443,23 +334,6 @@ def counts(bench: Bench) -> dict[str, Any]:
             "gap, first hop not required": len(bench.pick(split, strict=False)),
         }
     return found
-
-
-def _grouped(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means and ranges over the draws of each size and way."""
-    found = []
-    for size, how in dict.fromkeys((row["size"], row["how"]) for row in rows):
-        same = [row for row in rows if (row["size"], row["how"]) == (size, how)]
-        numbers = {name: [row[name] for row in same] for name in same[0] if isinstance(same[0][name], float)}
-        found.append(
-            {"cases": size, "how": how, "draws": len(same), **{n: [float(np.mean(v)), min(v), max(v)] for n, v in numbers.items()}}
-        )
-    return found
-
-
-def _brief(whole: Mapping[str, Any]) -> str:
-    names = ("correction right", "correction whole", "moved", "broken", "paraphrase right", "generalisation right", "guide right")
-    return ", ".join(f"{name} {whole[name]['after']:.3f}" for name in names if name in whole)
 
 
 def _say(text: str) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, mean_interval, write_result
+from common import ROOT, arguments, mean_interval, write_result
 
 from trocar import lab
-from trocar.anatomy import Head, Neuron
+from trocar.anatomy import Head, Neuron, fingerprint
 from trocar.core.seeds import derive
 from trocar.core.workspace import Workspace
 from trocar.edit.neurons import (
@@ -245,13 +245,15 @@ def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments(
-        "mt_editing", __doc__ or "", extend=lambda parser: parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    )
+    def extend(parser: Any) -> None:
+        parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="base seeds")
+        parser.add_argument("--work", type=Path, default=ROOT / "build" / "mt_editing", help="where finished seeds are kept")
+
+    options = arguments("mt_editing", __doc__ or "", extend=extend)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.simplefilter("ignore")
     tested, draws, seeds = (10, 1, options.seeds[:1]) if options.quick else (30, DRAWS, options.seeds)
-    work = Workspace(Path("~/.cache/trocar/bench/mt_editing").expanduser())
+    work = Workspace(options.work)
     done: dict[str, dict[int, Any]] = {"natural": {}, "planted": {}}
     for seed in seeds:
         for kind, compute in (("natural", natural), ("planted", planted)):
@@ -259,7 +261,7 @@ def main() -> None:
             if find(name, seed) is None:
                 print(f"{name} of seed {seed} is not trained here; left out")
                 continue
-            common = {"tested": tested, "draws": draws, "model": lab.show(name, seed)["accuracy"]}
+            common = {"tested": tested, "draws": draws, "model": fingerprint(lab.load(name, seed)[0])}
             dumps = [config.model_dump(mode="json") for config in (HEADS, OURS, LOOPS)]
             own = {"heads": dumps[0], "ours": dumps[1], "strengths": (STRENGTHS, SHARES)}
             key = common | (own if kind == "natural" else {"loops": dumps[2], "scales": SCALES})

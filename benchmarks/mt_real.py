@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, write_result
+from common import ROOT, arguments, write_result
 
-from trocar.anatomy import Head, Neuron
+from trocar.anatomy import Head, Neuron, fingerprint
 from trocar.core.errors import DataError
 from trocar.core.seeds import derive
 from trocar.core.workspace import Workspace
@@ -63,7 +63,7 @@ FORMS = {"added": ADDED, "replaced": ADDED.model_copy(update=OURS)}
 def run(name: str, forms: Mapping[str, RecipeConfig], folder: Path) -> list[dict[str, Any]]:
     """All rows of one model."""
     model, tokenizer = load_model(name).eval(), load_tokenizer(name)
-    work = Workspace(folder / name, {"model": name})
+    work = Workspace(folder / name, {"model": fingerprint(model)})
     first = next(iter(forms.values()))
     rules = Rules(first.max_new_tokens, first.languages, first.mode, first.strict, first.batch_size)
     corpus = Corpus.of(load_texts("multi30k:val"), "multi30k:val")
@@ -221,6 +221,7 @@ class _Case:
 def main() -> None:
     def extend(parser: Any) -> None:
         parser.add_argument("--models", nargs="*", default=list(MODELS), help="which models")
+        parser.add_argument("--work", type=Path, default=ROOT / "build" / "mt_real", help="where units are kept")
         parser.add_argument("--forms", nargs="*", default=list(FORMS), help="which forms of heads")
 
     options = arguments("mt_real", __doc__ or "", extend=extend)
@@ -229,7 +230,7 @@ def main() -> None:
     if options.quick:
         small = {"mean_prompts": 8, "corrupted_prompts": 4, "cases": 8, "test_limit": 8, "validation": 4, "strength": (1.0,)}
         forms = {name: config.model_copy(update=small) for name, config in forms.items()}
-    folder = Path("~/.cache/trocar/bench/mt_real").expanduser() / ("quick" if options.quick else "full")
+    folder = options.work / ("quick" if options.quick else "full")
     able = {name: {form: config for form, config in forms.items() if form in MEASURED_FORMS[name]} for name in options.models}
     rows = [row for name, own in able.items() if own for row in run(name, own, folder)]
     settings = {name: config.locating().model_dump(mode="json") for name, config in forms.items()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from trocar.core.config import Config
+from trocar.core.errors import DataError
 from trocar.core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def column(self, name: str, role: str) -> Sequence[Any]:
+        """A column of `fields`. DataError naming the role where there is none of that name."""
+        if name not in self.fields:
+            raise DataError(f"data.{role} has no column '{name}'.", f"It has {', '.join(self.fields)}; rename one with `columns`.")
+        return self.fields[name]
 
     def take(self, rows: Sequence[int]) -> Examples:
         """The examples at `rows`, in that order."""

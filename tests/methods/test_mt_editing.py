@@ -178,6 +178,9 @@ def test_the_strength_is_chosen_by_errors_within_the_tolerance():
     strength, scale, trials = choose(sentences, base, lambda c, s: made(errors[c], [0] * 4), (0.5, 1.0, 2.0), (0.0,), ("heads",), 1.0)
     assert (strength, scale) == (1.0, 1.0)  # the weaker of equals; the part that was not asked for is left alone
     assert [trial.errors for trial in trials] == [0.5, 0.25, 0.0, 0.0]
+    useless = choose(sentences, base, lambda c, s: made([1, 1, 0, 0], [0] * 4), (0.5, 1.0), (0.0,), ("heads",), 1.0)
+    assert useless[:2] == (0.0, 1.0)  # harmless, but no output is right that was not
+    assert all(trial.allowed for trial in useless[2])
 
     def damaging(c, s):
         found = made([0] * 4, [0] * 4)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from trocar.core.errors import MetricError
 from trocar.core.progress import track
 from trocar.evaluate.forward import evaluating
 from trocar.evaluate.measurement import Measurement
+from trocar.trace.queries import only_last
 
 CHUNK = 1 << 24  # logits turned to float32 at a time: 64 MiB
 
@@ -104,10 +104,7 @@ def perplexity(model: torch.nn.Module, tokens: Any, window: int, stride: int | N
 
 def _loss(model: torch.nn.Module, ids: torch.Tensor, count: int) -> float:
     """Summed negative log-likelihood, in nats, of the last `count` of the ids given those before."""
-    arguments: dict[str, Any] = {"input_ids": ids[None], "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        arguments["logits_to_keep"] = count + 1
-    logits = model(**arguments).logits[0, -count - 1 : -1]
+    logits = model(input_ids=ids[None], use_cache=False, **only_last(model, count + 1)).logits[0, -count - 1 : -1]
     rows = max(1, CHUNK // logits.shape[-1])
     pairs = zip(logits.split(rows), ids[-count:].to(logits.device).split(rows), strict=True)
     return sum(functional.cross_entropy(part.float(), target, reduction="sum").item() for part, target in pairs)

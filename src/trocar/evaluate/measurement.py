@@ -71,7 +71,7 @@ class Measurement:
     def __post_init__(self) -> None:
         for side in ("before", "after", "weights"):
             if getattr(self, side) is not None:
-                object.__setattr__(self, side, _column(self.name, side, getattr(self, side)))
+                object.__setattr__(self, side, column_of(self.name, side, getattr(self, side)))
         for field, known in (("better", ("higher", "lower", "same")), ("average", ("mean", "median", "exp_mean"))):
             if getattr(self, field) not in known:
                 raise MetricError(
@@ -134,7 +134,7 @@ class Measurement:
         return Summary(int(keep.sum()), n_groups, lost, lost_groups, before, after, difference, low, high, ratio, p, test, interval)
 
 
-def _column(name: str, side: str, values: Any) -> np.ndarray:
+def column_of(name: str, side: str, values: Any) -> np.ndarray:
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
     try:

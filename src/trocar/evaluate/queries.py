@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trocar.core.errors import MetricError, nearest
-from trocar.evaluate.measurement import Measurement, _column
+from trocar.evaluate.measurement import Measurement, column_of
 from trocar.evaluate.rates import States
 
 SETS = ("edited", "paraphrase", "generalisation", "unrelated")
@@ -50,7 +50,7 @@ class QueryScores:
         for name in ("answer", "wrong", "target", "generated", "first"):
             value = getattr(self, name)
             if value is not None:
-                column = _column("queries", name, value)
+                column = column_of("queries", name, value)
                 object.__setattr__(self, name, column)
                 if name != "first" and not ((column >= 0) & (column <= 1 + 1e-6) | np.isnan(column)).all():
                     raise MetricError(f"Queries: `{name}` holds values outside of 0..1.", "Give probabilities, not logarithms.")
@@ -94,7 +94,7 @@ def relative_change(name: str, before: Any, after: Any, cases: Sequence[Hashable
 
     Queries with NaN on either side are left out. Raises MetricError if none is left or lengths differ.
     """
-    before, after = _column(name, "before", before), _column(name, "after", after)
+    before, after = column_of(name, "before", before), column_of(name, "after", after)
     labels = list(range(len(before))) if cases is None else list(cases)
     if not len(before) == len(after) == len(labels):
         raise MetricError(f"'{name}': {len(before)} values before, {len(after)} after, {len(labels)} cases.", "Pair them query by query.")

@@ -57,6 +57,16 @@ def language_name(code: str) -> str:
     return _NAMES[known].split()[-1]
 
 
+def translation_prompt(source: str, target: str, text: str, examples: Sequence[tuple[str, str]] = ()) -> str:
+    """The prompt that asks for `text` (codes of both languages), after example pairs: `English: <text>\\nGerman:` (arXiv:2410.07054).
+
+    White space inside a sentence, line breaks too, becomes one blank.
+    """
+    names = (language_name(source), language_name(target))
+    lines = [f"{name}: {' '.join(part.split())}\n" for pair in examples for name, part in zip(names, pair, strict=True)]
+    return "".join(lines) + f"{names[0]}: {' '.join(text.split())}\n{names[1]}:"
+
+
 def _langid() -> Any:
     try:
         from py3langid import langid

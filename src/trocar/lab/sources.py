@@ -181,7 +181,7 @@ def _jsonl(path: Path, image: str, allow_outside: bool) -> Table:
 def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line of a JSONL file, `.gz` too. DataError naming the line that is none."""
     rows = []
-    for number, line in enumerate(text_of(path).splitlines(), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)

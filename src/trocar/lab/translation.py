@@ -1,8 +1,8 @@
 """A small translator with the two troubles of language models that translate: answers in the wrong language, and loops.
 
 One model translates between all its languages. Its training lines are zero-shot (`German: ...` / `French: ...`) or one-shot (an example
-pair first). Half of the zero-shot lines have a noisy target, as in crawled text: the source again, or another language; one-shot lines
-are clean. So the model knows every direction, and without an example it often answers in the wrong language (what Wang et al., EMNLP
+pair first). A share of the zero-shot lines may have a noisy target, as in crawled text: the source again, or another language; one-shot
+lines are clean. So the model knows every direction, and without an example it often answers in the wrong language (what Wang et al., EMNLP
 2024, arXiv:2410.07054, repair). Loops have a cause that is known by construction: `plant` trains a few neurons to make them.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from trocar.core.errors import DataError
 from trocar.core.seeds import generator
-from trocar.evaluate.translation import language_name
+from trocar.evaluate.translation import language_name, translation_prompt
 from trocar.lab.language import IGNORED
 from trocar.lab.registry import TextRecipe, TranslationData
 
@@ -30,8 +30,7 @@ def directions(languages: Sequence[str]) -> list[tuple[str, str]]:
 
 def prompt(source: str, target: str, text: str, example: Mapping[str, str] | None = None) -> str:
     """The prompt for `text` from one language to another (codes): zero-shot, or one-shot with an example (language code -> sentence)."""
-    shot = "" if example is None else "".join(f"{language_name(code)}: {example[code]}{BREAK}" for code in (source, target))
-    return f"{shot}{language_name(source)}: {text}{BREAK}{language_name(target)}:"
+    return translation_prompt(source, target, text, [] if example is None else [(example[source], example[target])])
 
 
 def corpus(data: TranslationData, split: str) -> list[dict[str, str]]:

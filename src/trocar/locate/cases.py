@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from trocar.core.errors import ComponentError, DataError, nearest
 from trocar.core.seeds import derive
 from trocar.locate.scores import How
 from trocar.trace import Point, record
-from trocar.trace.queries import Asked, Mode, ask, prompt_tokens
+from trocar.trace.queries import Asked, Mode, ask, only_last, prompt_tokens
 
 # kind of component -> the point where its output flows, and how its name goes on after `L5`
 POINTS = {"block": "resid_post", "attention": "attn_out", "mlp": "mlp_out", "head": "heads", "neuron": "neurons"}
@@ -25,14 +24,6 @@ LIKELY = 10  # a source run that ranks the answer below this place has nothing r
 RESAMPLES = 2000
 
 Position = str | int  # "last", "subject", or a negative number counted from the prompt's end
-
-
-def language_tower(anatomy: Anatomy) -> Tower:
-    """The tower that reads text from left to right. ComponentError if the model has none."""
-    found = [tower for tower in anatomy.towers.values() if tower.causal and tower.modality == "text"]
-    if not found:
-        raise ComponentError(f"{type(anatomy.model).__name__} does not read text from left to right.", "Use a language model.")
-    return found[0]
 
 
 def name_in(tower: Tower, layer: int, kind: str) -> str:
@@ -91,9 +82,7 @@ def ends_at(asked: Asked, back: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 
 def run_inputs(anatomy: Anatomy, asked: Asked) -> dict[str, Any]:
     """The inputs of a run that needs the logits of the answers' positions only."""
-    takes = "logits_to_keep" in inspect.signature(type(anatomy.model).forward).parameters
-    kept = max(len(tokens) for tokens in asked.tokens) if asked.read == "all" else 1
-    return {**asked.inputs, **({"logits_to_keep": kept} if takes else {})}
+    return {**asked.inputs, **only_last(anatomy.model, max(map(len, asked.tokens)) if asked.read == "all" else 1)}
 
 
 def score_and_rank(asked: Asked) -> Any:

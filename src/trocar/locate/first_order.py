@@ -23,7 +23,6 @@ from trocar.locate.cases import (
     check_kinds,
     check_pairs,
     ends_at,
-    language_tower,
     name_in,
     observe,
     run_inputs,
@@ -32,7 +31,7 @@ from trocar.locate.cases import (
 )
 from trocar.locate.scores import How, Scores
 from trocar.trace import Point, record
-from trocar.trace.queries import Mode, ask
+from trocar.trace.queries import Mode, ask, language_tower
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from trocar.core.errors import DataError, nearest
 from trocar.locate.scores import How, Scores
 from trocar.trace import Add, Intervention, Point, Replace, Scale, SweepReport, intervene, record, sweep
 from trocar.trace.prefix import Prefix, capture, select_rows, why_no_position
-from trocar.trace.queries import Asked, batch_of
+from trocar.trace.queries import Asked, batch_of, only_last
 
 Prompts = Asked | Mapping[str, Any] | Sequence[Sequence[int]]
 HeadValues = torch.Tensor | Sequence[torch.Tensor]
@@ -193,15 +193,11 @@ def check_tokens(anatomy: Anatomy, tokens: Sequence[int]) -> None:
 
 def prepared(anatomy: Anatomy, inputs: Mapping[str, Any], read: str) -> dict[str, Any]:
     """Inputs for a pass of which only some logits count. Copies, since tensors made under inference_mode cannot be differentiated past."""
-    import inspect
-
     full = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     mask = full.get("attention_mask")
     if mask is not None and not bool(mask[:, -1].all()):
         raise DataError("The prompts are padded on the right.", "Pad on the left.")
-    if read == "last" and "logits_to_keep" in inspect.signature(type(anatomy.model).forward).parameters:
-        full["logits_to_keep"] = 1
-    return full
+    return full | (only_last(anatomy.model, 1) if read == "last" else {})
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from trocar.anatomy import Anatomy, Tower
 from trocar.anatomy.linear import base_layer
 from trocar.core.errors import DataError, UnsupportedModelError
 from trocar.core.seeds import generator
-from trocar.locate.cases import ends_at, interval, language_tower, name_in, observe, run_inputs, told
+from trocar.locate.cases import ends_at, interval, name_in, observe, run_inputs, told
 from trocar.locate.scores import How, Scores
 from trocar.trace import Add, Point, sweep
-from trocar.trace.queries import Mode, answer_tokens, ask
+from trocar.trace.queries import Mode, answer_tokens, ask, language_tower
 
 ROWS = 8192  # rows of the unembedding that are looked at together
 COMPENSATION = 10.0  # CREME's reference code

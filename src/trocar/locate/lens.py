@@ -17,11 +17,11 @@ import torch
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.core.errors import DataError
-from trocar.locate.cases import Position, backs, batches, ends_at, interval, language_tower, name_in, told
+from trocar.locate.cases import Position, backs, batches, ends_at, interval, name_in, told
 from trocar.locate.scores import How, Scores
 from trocar.trace import Point, record
 from trocar.trace.calls import override
-from trocar.trace.queries import Asked, ask
+from trocar.trace.queries import Asked, ask, language_tower
 from trocar.trace.shortcut import skipped, starting_at
 
 

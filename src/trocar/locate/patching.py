@@ -25,7 +25,6 @@ from trocar.locate.cases import (
     check_pairs,
     ends_at,
     interval,
-    language_tower,
     name_in,
     observe,
     run_inputs,
@@ -35,7 +34,7 @@ from trocar.locate.cases import (
 )
 from trocar.locate.scores import How, Scores
 from trocar.trace import Point, Replace, sweep
-from trocar.trace.queries import Asked, Mode, ask
+from trocar.trace.queries import Asked, Mode, ask, language_tower
 
 MODULES = ("block", "attention", "mlp")
 

@@ -14,7 +14,7 @@ from typing import Any, overload
 import numpy as np
 
 from trocar.core.errors import ScoresError
-from trocar.locate.scores import How, Scores, _aligned, iou
+from trocar.locate.scores import How, Scores, aligned, iou
 
 
 def top_mask(scores: Scores, k: int | float, positive: bool = False, name: str = "") -> Scores:
@@ -103,7 +103,7 @@ def refine(
     if not 1 <= needed <= len(present):
         raise ScoresError(f"min_settings={needed} is outside 1..{len(present)}, the settings there are{told}.", "Ask for fewer.")
     for name, mask in present.items():
-        mask._need_mask(f"refine, setting '{name}',")
+        mask.need_mask(f"refine, setting '{name}',")
     union = _union(list(present.values()))
     shape = {group: array.size for group, array in union.groups.items()}
     single = {name: _full(mask, union) for name, mask in present.items()}
@@ -140,7 +140,7 @@ def mean_ranks(mask: Scores, scores: Sequence[Scores | None], names: Sequence[st
     for name, one in zip(names, scores, strict=True):
         if one is None:
             raise ScoresError(f"There are no scores of '{name}' to rank by.", "Give the scores of every setting that has a mask.")
-        _, theirs = _aligned(mask, one, "rank")
+        _, theirs = aligned(mask, one, "rank")
         flat = np.concatenate([np.asarray(theirs[group], dtype=np.float64) for group in mask.groups])
         ranks = np.empty(flat.size)
         ranks[np.argsort(-flat, kind="stable")] = np.arange(1, flat.size + 1)  # what is not scored comes last
@@ -172,7 +172,7 @@ def _union(masks: Sequence[Scores]) -> Scores:
 
 def _full(mask: Scores, like: Scores) -> Scores:
     """The mask over all of `like`'s components, False where it says nothing."""
-    mine, _ = _aligned(mask, like.with_how(mask.how), "refine")
+    mine, _ = aligned(mask, like.with_how(mask.how), "refine")
     return Scores(mask.kind, mask.tower, {group: np.asarray(mine[group] == 1) for group in like.groups}, mask.how)
 
 

@@ -139,7 +139,7 @@ class Scores:
 
     def open_names(self) -> list[str]:
         """The names of a mask's chosen components, in canonical order."""
-        self._need_mask("open_names")
+        self.need_mask("open_names")
         return [self.name_at(place) for place in np.flatnonzero(self.flat == 1).tolist()]
 
     def components(self) -> list[Component]:
@@ -151,7 +151,7 @@ class Scores:
 
     def count(self) -> int:
         """How many components a mask chooses."""
-        self._need_mask("count")
+        self.need_mask("count")
         return int((self.flat == 1).sum())
 
     def matrix(self) -> Matrix:
@@ -213,20 +213,20 @@ class Scores:
         """Of two masks the set difference, of two scores the difference of values."""
         if isinstance(other, Scores) and self.is_mask and other.is_mask:
             return self._sets(other, lambda a, b: a & ~b, "-")
-        mine, theirs = _aligned(self, other, "-")
+        mine, theirs = aligned(self, other, "-")
         return self._with({name: mine[name].astype(np.float64) - theirs[name] for name in mine}, _joint(self.how, other.how, "-"))
 
     def _sets(self, other: Scores, operation: Callable[[np.ndarray, np.ndarray], np.ndarray], sign: str) -> Scores:
-        mine, theirs = _aligned(self, other, sign)
-        self._need_mask(sign)
-        other._need_mask(sign)
+        mine, theirs = aligned(self, other, sign)
+        self.need_mask(sign)
+        other.need_mask(sign)
         return self._with({name: operation(mine[name] == 1, theirs[name] == 1) for name in mine}, _joint(self.how, other.how, sign))
 
     def with_how(self, how: How) -> Scores:
         """The same values, said to be obtained otherwise (for example to compare the same components of two models on purpose)."""
         return self._with(dict(self.groups), how)
 
-    def _need_mask(self, what: str) -> None:
+    def need_mask(self, what: str) -> None:
         if not self.is_mask:
             raise ScoresError(
                 f"'{what}' needs masks, and these {self.kind} scores are not 0 or 1.", "Make a mask first: top(0.05) or threshold(x)."
@@ -331,7 +331,7 @@ def mean(scores: Sequence[Scores]) -> Scores:
         raise ScoresError("There is no mean of no scores.", "Give at least one.")
     first, total = scores[0], {name: array.astype(np.float64) for name, array in scores[0].groups.items()}
     for other in scores[1:]:
-        mine, theirs = _aligned(first._with(total, first.how), other, "mean")
+        mine, theirs = aligned(first._with(total, first.how), other, "mean")
         total = {name: mine[name] + theirs[name] for name in mine}
     return first._with({name: array / len(scores) for name, array in total.items()}, first.how.then("mean", over=len(scores)))
 
@@ -342,7 +342,7 @@ def _joint(a: How, b: How, sign: str) -> How:
     return How(f"({a.method}) {sign} ({b.method})", a.data if a.data == b.data else "", {"of": parts}, a.fingerprint)
 
 
-def _aligned(a: Scores, b: Any, sign: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def aligned(a: Scores, b: Any, sign: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The groups of both over the union of their components; refuses other kinds, towers and models."""
     if not isinstance(b, Scores):
         raise ScoresError(f"'{sign}' combines scores with scores, not with {type(b).__name__}.", "Make Scores of it first.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from trocar.core.errors import ScoresError
 from trocar.core.seeds import derive
-from trocar.locate.scores import Scores, _aligned
+from trocar.locate.scores import Scores, aligned
 
 if TYPE_CHECKING:
     from trocar.anatomy import Component
@@ -28,7 +28,7 @@ def rank_correlation(a: Scores, b: Scores) -> float:
     """
     from scipy.stats import spearmanr
 
-    mine, theirs = _aligned(a, b, "rank correlation")
+    mine, theirs = aligned(a, b, "rank correlation")
     left, right = (np.concatenate([np.asarray(side[name], dtype=np.float64) for name in mine]) for side in (mine, theirs))
     shared = ~np.isnan(left + right)
     if shared.sum() < 3 or np.ptp(left[shared]) == 0 or np.ptp(right[shared]) == 0:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from trocar.anatomy import Anatomy
-from trocar.core.errors import DataError
+from trocar.anatomy import Anatomy, Tower
+from trocar.core.errors import DataError, UnsupportedModelError
 
 Mode = Literal["sequence", "first", "bag"]
 MODES = ("sequence", "first", "bag")
@@ -68,6 +68,20 @@ def batch_of(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tenso
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     device = next(anatomy.model.parameters()).device
     return {name: value.to(device) for name, value in inputs.items()}
+
+
+def only_last(model: torch.nn.Module, count: int) -> dict[str, int]:
+    """The argument that makes a model compute logits of its last `count` positions only, if it takes one."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+
+
+def language_tower(model: Any) -> Tower:
+    """The tower that reads text from left to right. Raises UnsupportedModelError if the model has none."""
+    anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
+    found = [tower for tower in anatomy.towers.values() if tower.causal and tower.modality == "text"]
+    if not found:
+        raise UnsupportedModelError(f"{type(anatomy.model).__name__} does not read text from left to right.", "Use a language model.")
+    return found[0]
 
 
 def encode(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -166,12 +180,11 @@ def answer_scores(
 def next_tokens(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 32) -> torch.Tensor:
     """The most probable next token of each prompt, (n,) int64 on the CPU."""
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(anatomy.model).forward).parameters else {}
     parts = []
     with torch.no_grad():
         for start in range(0, max(1, len(prompts)), batch_size):
             inputs = encode(anatomy, tokenizer, prompts[start : start + batch_size])
-            parts.append(anatomy.model(**inputs, **keep, use_cache=False).logits[:, -1].argmax(-1).cpu())
+            parts.append(anatomy.model(**inputs, **only_last(anatomy.model, 1), use_cache=False).logits[:, -1].argmax(-1).cpu())
     return torch.cat(parts)
 
 
@@ -248,6 +261,8 @@ __all__ = [
     "batch_of",
     "continuations",
     "encode",
+    "language_tower",
     "next_tokens",
+    "only_last",
     "prompt_tokens",
 ]

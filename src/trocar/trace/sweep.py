@@ -8,7 +8,6 @@ blocks above it.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from trocar.trace.intervene import acting
 from trocar.trace.interventions import Intervention
 from trocar.trace.points import Site, locate_site
 from trocar.trace.prefix import Captured, Prefix, capture, select_rows, why_no_position
+from trocar.trace.queries import only_last
 
 Metric = Callable[[Any, torch.Tensor], torch.Tensor]
 Sited = tuple[Site, Intervention]
@@ -144,8 +144,8 @@ class _Engine:
         if read == "last" and not tower.causal:
             raise DataError(f"read='last' has no meaning for {type(anatomy.model).__name__}, which reads all positions at once.")
         full = dict(inputs)
-        if read == "last" and "logits_to_keep" in inspect.signature(type(anatomy.model).forward).parameters:
-            full.setdefault("logits_to_keep", 1)
+        if read == "last":
+            full = {**only_last(anatomy.model, 1), **full}
         shape = capture(anatomy, full, [0], tower.name)  # the embedding only: how many rows and columns there are
         mask = inputs.get("attention_mask") if tower.modality == "text" else None
         ends = row_ends(mask, shape.length) if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,10 @@ import torch
 
 from trocar.anatomy import Anatomy
 from trocar.edit.creme.case import Case
-from trocar.edit.creme.passing import text_tower
 from trocar.evaluate.forward import evaluating
 from trocar.evaluate.queries import QueryScores
 from trocar.trace.prefix import Prefix, capture_prefix
-from trocar.trace.queries import Asked, Mode, answer_tokens, ask
+from trocar.trace.queries import Asked, Mode, answer_tokens, ask, language_tower, only_last
 
 Pair = tuple[str, str]  # prompt, answer
 
@@ -46,15 +44,14 @@ class Questions:
         order = sorted(unique, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))  # like lengths together
         self.place: dict[Pair, tuple[int, int]] = {}
         self.batches: list[tuple[Asked, Prefix]] = []
-        takes = "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
         with evaluating(self.model):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 asked = ask(anatomy, tokenizer, [prompt for prompt, _ in rows], [answer for _, answer in rows], mode)
                 kept = max(map(len, asked.tokens)) if mode == "sequence" else 1
-                inputs = {**asked.inputs, **({"logits_to_keep": kept} if takes else {})}
+                inputs = {**asked.inputs, **only_last(self.model, kept)}
                 self.place |= {pair: (len(self.batches), row) for row, pair in enumerate(rows)}
-                self.batches.append((asked, capture_prefix(anatomy, inputs, layer, text_tower(anatomy).name)))
+                self.batches.append((asked, capture_prefix(anatomy, inputs, layer, language_tower(anatomy).name)))
 
     def say(self, pairs: Sequence[Pair]) -> Said:
         """Score, first token and greedy success of each pair."""

@@ -20,13 +20,12 @@ from trocar.edit.creme.case import HOLE, Case
 from trocar.edit.creme.config import LEAD_INS
 from trocar.edit.creme.edit import operation
 from trocar.edit.creme.moments import Moments
-from trocar.edit.creme.passing import text_tower
 from trocar.edit.creme.solve import least_change
 from trocar.evaluate.forward import evaluating
 from trocar.locate.cases import after_phrase
 from trocar.patch import AddVector, LowRank, Patch
 from trocar.trace import Add, Point, Replace, intervene, record, sweep
-from trocar.trace.queries import Mode, answer_tokens, ask, batch_of, continuations, encode, prompt_tokens
+from trocar.trace.queries import Mode, answer_tokens, ask, batch_of, continuations, encode, language_tower, prompt_tokens
 
 
 class RomeConfig(Config):
@@ -53,7 +52,7 @@ def rome(model: Any, tokenizer: Any, case: Case, config: RomeConfig | None = Non
     keys, None for the identity. Raises EditError if the search diverges.
     """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
-    config, tower = config or RomeConfig(), text_tower(anatomy)
+    config, tower = config or RomeConfig(), language_tower(anatomy)
     layer = max(1, round(tower.n_layers * 5 / 32)) if config.layer is None else config.layer
     if layer >= tower.n_layers:
         raise ComponentError(f"There is no block {layer} to edit.", f"The model has blocks 0 to {tower.n_layers - 1}.")
@@ -114,7 +113,7 @@ def memory_injection(model: Any, case: Case, tokenizer: Any, layer: int, strengt
     Reference: arXiv:2309.05605; grid over layer and strength. Raises ComponentError where the model has no unembedding matrix.
     """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
-    tower = text_tower(anatomy)
+    tower = language_tower(anatomy)
     weight = getattr(tower.head, "weight", None)
     if weight is None or weight.shape[1] != tower.width:
         raise ComponentError(f"{type(anatomy.model).__name__} has no unembedding of the residual stream's width.", "Use a language model.")
@@ -159,7 +158,7 @@ def patchscopes(
     Reference: arXiv:2401.06102 (two passes, no change of weights).
     """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
-    tower = text_tower(anatomy)
+    tower = language_tower(anatomy)
     shown = case.template.replace(HOLE, placeholder)
     read = sorted({source for source, _ in pairs})
     with evaluating(anatomy.model):

@@ -14,11 +14,11 @@ from trocar.core.errors import ComponentError, ConfigError, DataError, EditError
 from trocar.edit.creme.case import Case, answered, best_tokens, look_at
 from trocar.edit.creme.config import CremeConfig
 from trocar.edit.creme.moments import Moments
-from trocar.edit.creme.passing import Factors, Here, edited_pass, text_tower, view_of
+from trocar.edit.creme.passing import Factors, Here, edited_pass, view_of
 from trocar.edit.creme.solve import Update, least_change, mixed
 from trocar.evaluate.forward import evaluating
 from trocar.patch import LowRank, Patch
-from trocar.trace.queries import answer_scores
+from trocar.trace.queries import answer_scores, language_tower
 
 PUBLISHED = CremeConfig()
 LARGE = 0.10  # share of a matrix's norm above which its change is called large
@@ -96,7 +96,7 @@ def solve(
     weights: dict[int, torch.Tensor] = {}
     found: dict[int, list[Factors]] = {layer: [] for layer in layers}
     for group in groups:
-        task = _Task(text_tower(anatomy), group, config, moments)
+        task = _Task(language_tower(anatomy), group, config, moments)
         weights = edited_pass(anatomy, tokenizer, task.prompts, config.role, weights, layers, task.edit, task.original)
         for layer, pair in task.factors.items():
             found[layer].append(pair)
@@ -228,7 +228,7 @@ def _with_layers(anatomy: Anatomy, tokenizer: Any, cases: Sequence[Case], config
 
 def edited_layers(anatomy: Anatomy, config: CremeConfig) -> tuple[int, ...]:
     """The blocks that `config` names. Raises ComponentError with the valid range, ConfigError for heads in other blocks."""
-    tower, layers = text_tower(anatomy), config.layers
+    tower, layers = language_tower(anatomy), config.layers
     assert not isinstance(layers, str)
     for layer in layers:
         if not 0 <= layer < tower.n_layers:

@@ -14,8 +14,8 @@ from trocar.edit.creme.case import Case
 from trocar.edit.creme.config import CremeConfig
 from trocar.edit.creme.edit import solve
 from trocar.edit.creme.moments import Moments
-from trocar.edit.creme.passing import text_tower
 from trocar.locate.patching import Effects, module_effects
+from trocar.trace.queries import language_tower
 
 LOOKED_AT = 12  # windows whose edit is tried before a budget is called too small
 
@@ -51,7 +51,7 @@ def choose_layers(
     Raises EditError if none of the best dozen does, DataError where no window fits.
     """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
-    depth = text_tower(anatomy).n_layers
+    depth = language_tower(anatomy).n_layers
     width = window_size(depth, config.window)
     kind = "attention" if config.module == "attention" else "mlp"
     prompts, guides, targets = ([getattr(case, name) for case in cases] for name in ("prompt", "guide", "target"))

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 from trocar.anatomy import Anatomy
-from trocar.core.errors import DataError
 from trocar.edit.creme.asking import Pair, Questions, queries_of, scores_of
 from trocar.edit.creme.case import Case
 from trocar.edit.creme.config import CremeConfig
 from trocar.evaluate import Measurement, QueryScores, RelativeChange, perplexity, perplexity_measurement, relative_rows
 from trocar.locate import How, Scores
+from trocar.locate.cases import name_in
 from trocar.locate.lens import logit_lens
 from trocar.locate.patching import module_effects
 from trocar.method import Figure, Job, Transcript
 from trocar.patch import Patch
-from trocar.trace.queries import continuations
+from trocar.trace.queries import continuations, language_tower
 
 SHOWN = 24  # cases whose texts are shown
 COLUMNS = ("answer", "wrong", "target", "generated", "first")
@@ -142,15 +142,13 @@ def located(job: Job, anatomy: Anatomy, failed: Sequence[Case], solved: Sequence
         return {"lens": lens, "effects": _effects(job, anatomy, failed, base)}
 
     found = job.work.values("located", key, compute)
-    tower = next(tower for tower in anatomy.towers.values() if tower.modality == "text")
-    dot = f"{tower.name}." if tower.name else ""
-    ends = {"attention": ".attn", "mlp": ".mlp", "block": ""}
+    tower = language_tower(anatomy)
     how = How("causal patching from guide to question", f"{len(failed)} cases", {"position": "last", "window": 1, "mode": mode}, base)
     scores = {
         kind: Scores(
             kind,
             tower.name,
-            {f"{dot}L{row['layer']}{ends[kind]}": row["effect"] for row in found["effects"] if row["place"] == f"{kind}, last token"},
+            {name_in(tower, row["layer"], kind): row["effect"] for row in found["effects"] if row["place"] == f"{kind}, last token"},
             how,
         )
         for kind in MODULES
@@ -205,13 +203,11 @@ def perplexities(job: Job, anatomy: Anatomy, patch: Patch, states: tuple[str, st
     """Perplexity of the role `perplexity` before and after the patch, window by window."""
     if "perplexity" not in job.data:
         return []
-    fields = job.data["perplexity"].fields
-    if "text" not in fields:
-        raise DataError("data.perplexity has no column 'text'.", f"It has {', '.join(fields)}; rename one with `columns`.")
+    texts = job.data["perplexity"].column("text", "perplexity")
     config = job.config
     count = config.windows * config.window_tokens
     ids: list[int] = []
-    for text in fields["text"]:
+    for text in texts:
         ids += job.processor(f"{text}\n", add_special_tokens=False)["input_ids"]
         if len(ids) >= count:
             break

@@ -16,8 +16,8 @@ from trocar.anatomy import Anatomy, fingerprint
 from trocar.core.errors import DataError
 from trocar.core.progress import track
 from trocar.core.workspace import Workspace
-from trocar.edit.creme.passing import text_tower, view_of
-from trocar.trace.queries import batch_of, prompt_tokens
+from trocar.edit.creme.passing import view_of
+from trocar.trace.queries import batch_of, language_tower, prompt_tokens
 from trocar.trace.shortcut import Stop, hidden_argument
 
 RIDGE = 0.01  # of the mean diagonal, where there were fewer tokens than inputs and no ridge was asked for
@@ -107,7 +107,7 @@ def _pieces(tokenizer: Any, text: str, length: int) -> list[tuple[int, ...]]:
 def _measure(
     anatomy: Anatomy, pieces: Sequence[tuple[int, ...]], layers: Sequence[int], role: str, positions: str, batch_size: int
 ) -> Moments:
-    tower, last = text_tower(anatomy), max(layers)
+    tower, last = language_tower(anatomy), max(layers)
     sums: dict[int, torch.Tensor] = {}
     real: list[torch.Tensor] = []
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from trocar.anatomy import Anatomy, Linear, Tower
+from trocar.anatomy import Anatomy, Linear
 from trocar.anatomy.linear import LinearView, base_layer
 from trocar.core.errors import UnsupportedModelError
 from trocar.patch.ops.low_rank import updated
-from trocar.trace.queries import encode
+from trocar.trace.queries import encode, language_tower
 from trocar.trace.shortcut import Stop, hidden_argument
 
 
@@ -41,17 +41,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def text_tower(anatomy: Anatomy) -> Tower:
-    """The tower that reads text, from left to right. Raises UnsupportedModelError for other models."""
-    tower = anatomy.tower(None if len(anatomy.towers) == 1 else "text")
-    if tower.modality != "text" or not tower.causal:
-        raise UnsupportedModelError(f"{type(anatomy.model).__name__} does not read text from left to right.", "Use a language model.")
-    return tower
-
-
 def view_of(anatomy: Anatomy, layer: int, role: str) -> LinearView:
     """The projection `role` (`o` or `down`) of a block of the text tower. Raises UnsupportedModelError where its weights are not there."""
-    tower = text_tower(anatomy)
+    tower = language_tower(anatomy)
     view = anatomy.linear(Linear(layer, "o" if role == "o" else "down", tower.name))
     if view.parameter.device.type == "meta":
         raise UnsupportedModelError(f"{view.path} is on the meta device: its weights are offloaded or not loaded.", "Load the model whole.")
@@ -73,7 +65,7 @@ def edited_pass(
     weights: parameters of `layers` as earlier edits left them (in their own storage and dtype), by block; original: rows that go through
     the unedited model. Returns the edited parameters, by block. The model is not written to; hooks are removed on every way out.
     """
-    tower = text_tower(anatomy)
+    tower = language_tower(anatomy)
     rows, last = len(prompts), max(layers)
     inputs = encode(anatomy, tokenizer, prompts)
     edited = torch.ones(rows, 1, 1, dtype=torch.bool)

@@ -22,12 +22,11 @@ from trocar.edit.creme.layers import choose_layers
 from trocar.edit.creme.measuring import Ask, case_unit, figures, located, perplexities, scores_from, transcripts
 from trocar.edit.creme.moments import Moments, second_moment
 from trocar.edit.creme.ordinary import ordinary_prompts
-from trocar.edit.creme.passing import text_tower
 from trocar.evaluate import Measurement, query_measurements, relative_changes
 from trocar.method import Estimate, Job, Method, Outcome
 from trocar.patch import LowRank, Patch
 from trocar.patch.record import Base
-from trocar.trace.queries import encode, next_tokens
+from trocar.trace.queries import encode, language_tower, next_tokens
 
 
 class RecipeConfig(CremeConfig):
@@ -161,10 +160,7 @@ class _Moments:
 def _texts(job: Job, role: str, column: str) -> list[str]:
     if role not in job.data:
         raise DataError(f"second_moment: {job.config.second_moment} needs data.{role}.", f"Give rows with a column '{column}'.")
-    fields = job.data[role].fields
-    if column not in fields:
-        raise DataError(f"data.{role} has no column '{column}'.", f"It has {', '.join(fields)}; rename one with `columns`.")
-    return [str(text) for text in fields[column]]
+    return [str(text) for text in job.data[role].column(column, role)]
 
 
 def _layers(job: Job, anatomy: Anatomy, cases: Sequence[Case], moments: _Moments) -> tuple[tuple[int, ...], float | None]:
@@ -175,7 +171,7 @@ def _layers(job: Job, anatomy: Anatomy, cases: Sequence[Case], moments: _Moments
     key = {"cases": [case.model_dump(mode="json") for case in cases], "config": config.model_dump(mode="json")}
 
     def compute() -> dict[str, Any]:
-        all_blocks = moments(range(text_tower(anatomy).n_layers)) if config.budget is not None else None
+        all_blocks = moments(range(language_tower(anatomy).n_layers)) if config.budget is not None else None
         found = choose_layers(anatomy, job.processor, cases, config.edit_config(), all_blocks)
         return {"layers": list(found.layers), "gain": found.gain}
 
@@ -330,14 +326,14 @@ def estimate(job: Job) -> Estimate:
     row = (time.perf_counter() - start) / len(few)
     edits = min(config.cases or len(cases), len(cases))
     contexts, queries = 2 * len(config.lead_ins), 3 * (3 + len(few[0].paraphrases) + len(few[0].generalisation) + len(few[0].unrelated))
-    depth = text_tower(anatomy).n_layers
+    depth = language_tower(anatomy).n_layers
     locating = min(config.locate, len(cases)) * 2 * 3 * depth / 2
     per_edit = contexts + 2 * queries + config.others + 5 * config.max_new_tokens
     ppl = 2 * config.windows * config.window_tokens / 16 if "perplexity" in job.data else 0
     ordinary = len(job.data["ordinary"]) if "ordinary" in job.data else 400 if config.second_moment == "prompts" else 0
     seconds = row * (3 * len(cases) + locating + edits * per_edit + ppl + ordinary)
-    width = max(text_tower(anatomy).width, text_tower(anatomy).neurons(0))
-    words = text_tower(anatomy).embedding.weight.shape[0]  # type: ignore[union-attr]
+    width = max(language_tower(anatomy).width, language_tower(anatomy).neurons(0))
+    words = language_tower(anatomy).embedding.weight.shape[0]  # type: ignore[union-attr]
     peak = 4 * 32 * (contexts + config.others) * (8 * width) + 64 * 4 * int(words)
     said = f"{row:.3g} s a prompt on this machine; at most {edits} edits of {per_edit} prompts each"
     return Estimate(int(peak), float(seconds), said)

@@ -39,7 +39,7 @@ class LocateConfig(Config):
     loop_context: int = pydantic.Field(default=1024, ge=8)
     unit_tokens: int | None = pydantic.Field(default=None, ge=1)
     steps: int = pydantic.Field(default=20, ge=1)
-    grid: Literal["midpoint", "endpoint", "first-order"] = "midpoint"
+    grid: Literal["auto", "midpoint", "endpoint", "log", "first-order"] = "auto"
     stored: int | None = pydantic.Field(default=None, ge=1)
     contrast: Literal["none", "task", "first"] = "none"
     k_heads: int | None = pydantic.Field(default=None, ge=1)

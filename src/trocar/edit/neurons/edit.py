@@ -17,7 +17,7 @@ from trocar.edit.neurons.plan import factors, heads_add, heads_replace, neurons_
 from trocar.edit.neurons.prompts import Direction, Pair, test_prompts
 from trocar.edit.neurons.translations import Rules, Translations, translate
 from trocar.evaluate.translation import sentence_scores
-from trocar.locate import How, Scores
+from trocar.locate import Scores
 from trocar.locate.refine import Refined, refine, top_masks
 from trocar.patch import Op, Patch
 
@@ -150,8 +150,8 @@ def choose(
     tolerance: float,
 ) -> tuple[float, float, list[Trial]]:
     """(strength, scale, trials): each part's values are tried alone; of those that cost error-free sentences at most `tolerance` points of
-    chrF the one with the fewest errors wins, ties go to the weaker; if none is allowed, nothing is done (strength 0, scale 1). A single
-    value is taken as it is. run: translations of the validation sentences for a strength and a scale.
+    chrF the one with the fewest errors wins, ties go to the weaker; if none of them leaves fewer errors than there were, nothing is done
+    (strength 0, scale 1). A single value is taken as it is. run: translations of the validation sentences for a strength and a scale.
     """
     nothing = tried("none", 0.0, sentences, base, base)
     trials, picked = [nothing], {"heads": 0.0, "loops": 1.0}
@@ -163,7 +163,7 @@ def choose(
         fine = np.isnan(trial.error_free) or trial.error_free >= nothing.error_free - tolerance
         trials.append(replace(trial, allowed=bool(fine)))
     for part in picked:
-        able = [one for one in trials if one.what == part and one.allowed]
+        able = [one for one in trials if one.what == part and one.allowed and one.errors < nothing.errors]
         if able:
             far = (lambda one: abs(one.value)) if part == "heads" else (lambda one: abs(1 - one.value))
             picked[part] = min(able, key=lambda one: (one.errors, far(one))).value
@@ -188,4 +188,4 @@ def by_layer(found: Refined, model: Any) -> list[dict[str, Any]]:
     return rows
 
 
-__all__ = ["How", "Sentences", "Trial", "by_layer", "choose", "chosen_set", "operations", "overlaps", "refined", "tried"]
+__all__ = ["Sentences", "Trial", "by_layer", "choose", "chosen_set", "operations", "overlaps", "refined", "tried"]

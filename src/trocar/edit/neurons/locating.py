@@ -23,12 +23,12 @@ from trocar.core.errors import DataError
 from trocar.core.seeds import derive
 from trocar.core.workspace import Workspace
 from trocar.edit.neurons.config import LocateConfig
-from trocar.edit.neurons.instances import loop_instances, task_instances
+from trocar.edit.neurons.instances import Instance, loop_instances, task_instances
 from trocar.edit.neurons.prompts import Corpus, Direction, Split, clean_prompts, corrupted_prompts, split, test_prompts
 from trocar.edit.neurons.translations import Rules, Translations, from_data, translate
 from trocar.locate import How, Scores
 from trocar.locate.heads import head_effects, mean_heads
-from trocar.locate.neurons import NeuronLists, frequency, neuron_attributions, neuron_scores
+from trocar.locate.neurons import Attributions, NeuronLists, frequency, neuron_attributions, neuron_scores
 from trocar.trace.queries import ask, prompt_tokens
 
 PARTS = ("heads", "task", "loops")
@@ -175,30 +175,41 @@ class _Direction:
         self.told |= {"cases": len(made), "good": good, "loops": int(made.loop.sum()), "wrong language": int(made.mismatch.sum())}
         return [prompt_tokens(self.tokenizer, text) for text in prompts], made
 
-    def _task(self) -> Scores | None:
+    def _task_unit(self) -> dict[str, torch.Tensor] | None:
+        """Summed attributions of the tokens of good translations, and their lists; None without a good translation."""
         config = self.config
         prompts, made = self.cases()
         good = [not bad and bool(one.text) for bad, one in zip(made.errors.tolist(), made.made, strict=True)]
         instances = task_instances(prompts, made.made, good, config.instances, derive(self.seed, self.direction))
         self.told["task instances"] = len(instances)
         if not instances:
-            self.told["task"] = "no good translation: left out"
             return None
 
         def compute() -> dict[str, torch.Tensor]:
-            rows, tokens = [one.ids for one in instances], [one.token for one in instances]
-            found = neuron_attributions(
-                self.anatomy, rows, tokens, steps=config.steps, grid=config.grid, keep=self._stored(), how=self._how("integrated gradients")
-            )
-            assert found.lists is not None
-            lists = {"places": torch.tensor(found.lists.places), "values": torch.tensor(found.lists.values)}
-            return lists | {"sum": torch.tensor(found.scores.flat), "incomplete": torch.tensor(found.incompleteness)}
+            found = self._attributed(instances)
+            return self._stored_lists(found) | {"sum": torch.tensor(found.scores.flat), "incomplete": torch.tensor(found.incompleteness)}
 
         unit = self._unit("task", compute)
-        self._task_lists = unit
         self.told["integration error, mean"] = float(unit["incomplete"].mean())
-        how = self._how("integrated gradients", steps=config.steps, grid=config.grid, instances=len(instances))
+        return unit
+
+    def _task(self) -> Scores | None:
+        unit = self._task_unit()
+        if unit is None:
+            self.told["task"] = "no good translation: left out"
+            return None
+        how = self._how("integrated gradients", steps=self.config.steps, grid=self.config.grid, instances=self.told["task instances"])
         return neuron_scores(unit["sum"].numpy(), self._sizes(), self.anatomy.tower().name, how)
+
+    def _attributed(self, instances: Sequence[Instance]) -> Attributions:
+        rows, tokens = [one.ids for one in instances], [one.token for one in instances]
+        settings = {"steps": self.config.steps, "grid": self.config.grid, "keep": self._stored()}
+        return neuron_attributions(self.anatomy, rows, tokens, how=self._how("integrated gradients"), **settings)
+
+    @staticmethod
+    def _stored_lists(found: Attributions) -> dict[str, torch.Tensor]:
+        assert found.lists is not None
+        return {"places": torch.tensor(found.lists.places), "values": torch.tensor(found.lists.values)}
 
     def _loops(self) -> Scores | None:
         config = self.config
@@ -213,15 +224,7 @@ class _Direction:
             self.told["loops"] = "no repetition to locate from: left out"
             return None
 
-        def compute() -> dict[str, torch.Tensor]:
-            rows, tokens = [one.ids for one in loops.instances], [one.token for one in loops.instances]
-            found = neuron_attributions(
-                self.anatomy, rows, tokens, steps=config.steps, grid=config.grid, keep=self._stored(), how=self._how("integrated gradients")
-            )
-            assert found.lists is not None
-            return {"places": torch.tensor(found.lists.places), "values": torch.tensor(found.lists.values)}
-
-        unit = self._unit("loops", compute)
+        unit = self._unit("loops", lambda: self._stored_lists(self._attributed(loops.instances)))
         later = np.array([one.occurrence > 0 for one in loops.instances])
         self.told["loop tokens"] = int(later.sum())
         lists = self._lists(unit)
@@ -229,10 +232,11 @@ class _Direction:
             return frequency(lists[later])
         if config.contrast == "first":
             return frequency(lists[later], lists[~later], contrast="first")
-        if self._task() is None:
+        normal = self._task_unit()
+        if normal is None:
             self.told["loops"] = "no normal generation to contrast with: left out"
             return None
-        return frequency(lists[later], self._lists(self._task_lists), contrast="task")
+        return frequency(lists[later], self._lists(normal), contrast="task")
 
     def _lists(self, unit: Mapping[str, torch.Tensor]) -> NeuronLists:
         how = self._how("loop frequency", steps=self.config.steps, grid=self.config.grid)

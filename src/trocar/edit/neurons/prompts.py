@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from trocar.core.errors import ConfigError, DataError, nearest
+from trocar.core.errors import ConfigError, DataError, MetricError, nearest
 from trocar.core.seeds import derive
-from trocar.evaluate.translation import language_code, language_name
+from trocar.evaluate.translation import language_code, translation_prompt
 from trocar.method import Examples
 
 BREAK = "\n"
@@ -47,14 +47,8 @@ class Direction:
 
 
 def prompt(direction: Direction, text: str, shots: Sequence[Pair] = ()) -> str:
-    """The prompt that asks for the translation of `text`, after `shots` example pairs. A line break inside a sentence becomes a blank."""
-    names = (language_name(direction.source), language_name(direction.target))
-    lines = [f"{name}: {_line(part)}{BREAK}" for pair in shots for name, part in zip(names, pair, strict=True)]
-    return "".join(lines) + f"{names[0]}: {_line(text)}{BREAK}{names[1]}:"
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
+    """The prompt that asks for the translation of `text`, after `shots` example pairs."""
+    return translation_prompt(direction.source, direction.target, text, shots)
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Corpus:
         for name, column in examples.fields.items():
             try:
                 code = language_code(name)
-            except Exception:  # any other column of the source
+            except MetricError:  # any other column of the source
                 continue
             if code in found:
                 raise DataError(f"{origin} have two columns for the language '{code}'.", "Keep one of them.")

@@ -152,7 +152,10 @@ class _Run:
         strength, scale, trials = choose(sentences, base, attempt, strengths, scales, tuple(sets), config.tolerance)
         for part, nothing, value in (("heads", 0.0, strength), ("loops", 1.0, scale)):
             if part in sets and value == nothing:
-                self.said.append(f"no strength of {part} kept error-free sentences within {config.tolerance} points of chrF; none is used")
+                self.said.append(
+                    f"no strength of {part} left fewer errors and kept error-free sentences within {config.tolerance} points of chrF; "
+                    "none is used"
+                )
         return strength, scale, trials
 
     def _test_pairs(self, direction: Direction | None = None) -> list[tuple[str, str]]:
@@ -185,10 +188,8 @@ class _Run:
 
     def _perplexity(self, patch: Patch, states: tuple[str, str]) -> Measurement:
         """With the change at every position: in generation every new position was once the newest, so this is what a long text meets."""
-        rows = self.job.data["perplexity"].fields
-        if "text" not in rows:
-            raise DataError("data.perplexity has no column 'text'.", f"It has {', '.join(rows)}; rename one with columns.")
-        stream = self.tokenizer("\n".join(str(row) for row in rows["text"]))["input_ids"][:STREAM]
+        rows = self.job.data["perplexity"].column("text", "perplexity")
+        stream = self.tokenizer("\n".join(str(row) for row in rows))["input_ids"][:STREAM]
         before = perplexity(self.model, stream, self.config.window)
         everywhere = [op if isinstance(op, Gate) else replace(op, positions=None) for op in patch.ops]  # type: ignore[call-arg]
         with Patch.of(self.model, everywhere).applied(self.model, verify="structure"):

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     import torch
 
 
-class GateRecord(Record):
-    kind: Literal["gate"] = "gate"
+class FactorsRecord(Record):
+    """Components and what they are multiplied by; shared with `scale-at`."""
+
     factors: dict[ComponentName, Finite]
 
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> GateRecord:
-        if not self.factors:
+    @pydantic.field_validator("factors")
+    @classmethod
+    def _some(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value:
             raise ValueError("no component is named")
-        return self
+        return value
 
     def where(self) -> str:
         return listed(list(self.factors))
@@ -33,6 +35,15 @@ class GateRecord(Record):
     def shape_text(self) -> str:
         off = sum(factor == 0 for factor in self.factors.values())
         return f"{off} off" + (f", {len(self.factors) - off} scaled" if off < len(self.factors) else "")
+
+
+class GateRecord(FactorsRecord):
+    kind: Literal["gate"] = "gate"
+
+
+def named(factors: Mapping[Any, float]) -> dict[str, float]:
+    """Factors by component name, sorted."""
+    return {str(name): float(factor) for name, factor in sorted(factors.items(), key=lambda item: str(item[0]))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +62,7 @@ class Gate:
     Record: ClassVar[type[Record]] = GateRecord
 
     def __post_init__(self) -> None:
-        own(self, "factors", {str(name): float(factor) for name, factor in sorted(self.factors.items(), key=lambda item: str(item[0]))})
+        own(self, "factors", named(self.factors))
         self.record()
 
     def record(self) -> GateRecord:

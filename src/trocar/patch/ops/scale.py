@@ -10,18 +10,17 @@ import pydantic
 
 from trocar.core.errors import EditError
 from trocar.patch.actions import Target
-from trocar.patch.ops.gate import listed
+from trocar.patch.ops.gate import FactorsRecord, named
 from trocar.patch.ops.sparse import checked, own
 from trocar.patch.ops.vector import Attach, Positions, feature_shape, own_positions, valid_positions
-from trocar.patch.record import ComponentName, Finite, Record
+from trocar.patch.record import Record
 
 if TYPE_CHECKING:
     import torch
 
 
-class ScaleRecord(Record):
+class ScaleRecord(FactorsRecord):
     kind: Literal["scale-at"] = "scale-at"
-    factors: dict[ComponentName, Finite]
     positions: Positions
 
     @pydantic.field_validator("positions")
@@ -29,19 +28,8 @@ class ScaleRecord(Record):
     def _sorted(cls, value: Any) -> Any:
         return valid_positions(value)
 
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> ScaleRecord:
-        if not self.factors:
-            raise ValueError("no component is named")
-        return self
-
-    def where(self) -> str:
-        return listed(list(self.factors))
-
     def shape_text(self) -> str:
-        off = sum(factor == 0 for factor in self.factors.values())
-        text = f"{off} off" + (f", {len(self.factors) - off} scaled" if off < len(self.factors) else "")
-        return text + ("" if self.positions is None else f" at {self.positions}")
+        return super().shape_text() + ("" if self.positions is None else f" at {self.positions}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +48,7 @@ class ScaleAt:
     Record: ClassVar[type[Record]] = ScaleRecord
 
     def __post_init__(self) -> None:
-        own(self, "factors", {str(name): float(factor) for name, factor in sorted(self.factors.items(), key=lambda item: str(item[0]))})
+        own(self, "factors", named(self.factors))
         own_positions(self)
         self.record()
 
