@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         relative_rows,
     )
     from trocar.evaluate.rates import accuracy, cost, generalisation, generalisation_rate, locality, predictions, success
+    from trocar.evaluate.tasks import Task, TaskScores, task_accuracy
     from trocar.evaluate.translation import (
         CorpusScore,
         corpus_score,
@@ -67,6 +68,7 @@ _HOMES = {
         "relative_changes",
         "relative_rows",
     ),
+    "tasks": ("Task", "TaskScores", "task_accuracy"),
     "rates": ("accuracy", "cost", "generalisation", "generalisation_rate", "locality", "predictions", "success"),
 }
 __all__ = [
@@ -81,6 +83,8 @@ __all__ = [
     "QueryScores",
     "RelativeChange",
     "Summary",
+    "Task",
+    "TaskScores",
     "Verdict",
     "accuracy",
     "at_equal",
@@ -118,6 +122,7 @@ __all__ = [
     "run_checks",
     "sentence_scores",
     "success",
+    "task_accuracy",
     "translation_quality",
 ]
 
