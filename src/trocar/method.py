@@ -157,7 +157,8 @@ class Method:
     """One method as a recipe sees it.
 
     `roles` maps each data role to one sentence; a name ending in `?` is optional, one in `*` may repeat (`locality.random`).
-    reads: what the roles' rows are. Rows of texts have no `inputs`; their columns stand in `fields`.
+    reads: what the roles' rows are. Rows of texts have no `inputs`; their columns stand in `fields`. `either`: the method's setting
+    `reads` says which, `pictures` or `texts`.
     """
 
     name: str
@@ -170,4 +171,4 @@ class Method:
     estimate: Callable[[Job], Estimate]
     starter: str  # a commented recipe in YAML
     default_checks: Sequence[Mapping[str, Any]] = ()
-    reads: Literal["pictures", "texts"] = "pictures"
+    reads: Literal["pictures", "texts", "either"] = "pictures"

@@ -167,7 +167,7 @@ def _measure(patch: Patch, model: torch.nn.Module, recipe: Recipe) -> None:
     from trocar.result import check_infos, table_rows
 
     asked = prepare(recipe)
-    if asked.method.reads == "texts":
+    if asked.reads == "texts":
         raise ConfigError(
             f"The recipe's method, {asked.method.name}, reads texts, and only the method itself measures those.",
             "Leave out --recipe to try the patch, or use `trocar run` to measure it.",

@@ -132,7 +132,7 @@ def _job(prepared: Prepared, folder: Path) -> tuple[Job, str]:
     torch.manual_seed(derive(prepared.recipe.seed, "run"))  # for libraries that draw from the global stream; ours do not
     model = load_model(prepared.recipe.model, prepared.recipe.base)
     base = fingerprint(model)
-    if prepared.method.reads == "texts":
+    if prepared.reads == "texts":
         refuse_speechless(model, prepared.recipe.model.source)
         processor = load_tokenizer(prepared.recipe.model, prepared.recipe.base)
         data = load_text_roles(cast(Any, prepared.data), prepared.recipe.base)
@@ -203,7 +203,7 @@ def _believe(prepared: Prepared, job: Job, outcome: Outcome, base: str) -> Verif
             )
     if outcome.patch is None or not outcome.patch.ops:
         return None
-    return verify(job.model, outcome.patch, probes(job.data, outcome.probes, prepared.method.reads), base)
+    return verify(job.model, outcome.patch, probes(job.data, outcome.probes, prepared.reads), base)
 
 
 def _peak() -> int:

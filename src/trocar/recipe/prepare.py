@@ -30,6 +30,11 @@ class Prepared:
     data: Mapping[str, RoleSource | TextConfig]
     checks: Sequence[Check]
 
+    @property
+    def reads(self) -> str:
+        """`pictures` or `texts`: what the roles hold; a method that reads either says so in its settings."""
+        return reads(self.method, self.settings)
+
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data; equal recipes give equal text."""
         base = self.recipe.base
@@ -62,10 +67,15 @@ def prepare(recipe: Recipe) -> Prepared:
     method = get_method(recipe.method.name)
     settings = method.config.parse(recipe.method.settings, "method")
     check_roles(method.roles, recipe.data)
-    kind = TextConfig if method.reads == "texts" else RoleSource
+    kind = TextConfig if reads(method, settings) == "texts" else RoleSource
     data = {role: kind.parse(source, f"data.{role}") for role, source in recipe.data.items()}
     checks = parse_checks(method.default_checks if recipe.checks is None else recipe.checks)
     return Prepared(recipe, method, settings, data, checks)
+
+
+def reads(method: Method, settings: Config) -> str:
+    """What the rows of a method's roles are, `pictures` or `texts`; of a method that reads either, what its setting `reads` says."""
+    return getattr(settings, "reads") if method.reads == "either" else method.reads  # noqa: B009 - a setting that such a method has
 
 
 def check_roles(declared: Mapping[str, str], given: Mapping[str, Any]) -> None:
