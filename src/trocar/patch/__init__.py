@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trocar.patch.compare import diff
     from trocar.patch.exporting import export
     from trocar.patch.format import Header, read_header
+    from trocar.patch.lora import attached, wrapped
     from trocar.patch.merge import merge_into
     from trocar.patch.ops import KINDS, Op
     from trocar.patch.ops.adapter import Adapter, Factors
@@ -30,6 +31,7 @@ _HOMES = {
     "compare": ("diff",),
     "exporting": ("export",),
     "format": ("Header", "read_header"),
+    "lora": ("attached", "wrapped"),
     "merge": ("merge_into",),
     "ops": ("KINDS", "Op"),
     "ops.adapter": ("Adapter", "Factors"),
@@ -45,7 +47,7 @@ _HOMES = {
 }
 __all__ = [
     "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Overlap",
-    "Patch", "Remove", "ScaleAt", "SparseReplace", "Stack", "diff", "export", "merge_into", "read_header", "stack",
+    "Patch", "Remove", "ScaleAt", "SparseReplace", "Stack", "attached", "diff", "export", "merge_into", "read_header", "stack", "wrapped",
 ]  # fmt: skip
 
 __getattr__ = lazy(__name__, _HOMES)

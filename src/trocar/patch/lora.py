@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trocar.core.errors import ExportError, PatchFormatError
+from trocar.core.errors import ExportError, PatchBaseError, PatchFormatError
 from trocar.core.files import read_json, write_json
 from trocar.patch.actions import Target
 from trocar.patch.checkpoint import Source, entries, new_folder, read_tensor, write_file
@@ -19,6 +21,7 @@ from trocar.patch.patch import Patch, raw_bytes
 from trocar.patch.record import dtype_code
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RESIDUAL = ("pissa", "olora", "corda", "loftq")  # initialisations that take the adapter's first value out of the base's weights
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PLAIN = "Only plain LoRA on linear maps can be a patch: no DoRA, no biases, no modules_to_save, no embeddings."
 
@@ -136,8 +139,8 @@ def _joined(parts: list[Factors]) -> Factors:
     return Factors(a, b, 1.0, parts[0].transposed)
 
 
-def write_folder(adapter: Adapter, target: str | os.PathLike[str], base: str | None) -> None:
-    """Write a folder that `peft.PeftModel.from_pretrained` loads."""
+def peft_settings(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
+    """What PEFT's `adapter_config.json` says of an adapter; module names are exact. Raises ExportError if one config cannot say it."""
     ranks = {name: int(a.shape[0]) for name, (a, *_) in adapter.factors.items()}
     alphas = {name: scale * ranks[name] for name, (_, _, scale, _) in adapter.factors.items()}
     common_rank = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -145,7 +148,7 @@ def write_folder(adapter: Adapter, target: str | os.PathLike[str], base: str | N
     transposed = {factors.transposed for factors in adapter.factors.values()}
     if len(transposed) > 1:
         raise ExportError("The adapter changes both Linear and Conv1D modules, which one PEFT config cannot say.", "Export a checkpoint.")
-    config = {
+    return {
         "peft_type": "LORA",
         "task_type": adapter.task,
         "base_model_name_or_path": base,
@@ -161,6 +164,69 @@ def write_folder(adapter: Adapter, target: str | os.PathLike[str], base: str | N
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+@contextmanager
+def wrapped(model: torch.nn.Module, config: Any, name: str = "default") -> Iterator[Any]:
+    """`model` inside a new `peft.PeftModel` of this `LoraConfig`; on leaving, its own modules again, training flags and notes as before.
+
+    Weights that an initialisation wrote into the base (PiSSA, OLoRA) are put back.
+    """
+    import peft
+
+    flags = [(module, module.training) for module in model.modules()]
+    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    marked = model.__dict__.get("_hf_peft_config_loaded")  # transformers' note, which unload leaves: saving would look for adapters
+    residual = isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(RESIDUAL)
+    kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters()] if residual else []
+    outer = peft.get_peft_model(model, config, name)  # type: ignore[arg-type]
+    try:
+        yield outer
+    finally:
+        outer.unload()
+        if marked is None:
+            model.__dict__.pop("_hf_peft_config_loaded", None)
+        else:
+            model.__dict__["_hf_peft_config_loaded"] = marked
+        for module, training in flags:
+            module.training = training
+        for parameter, learns in learning:
+            parameter.requires_grad_(learns)
+        for parameter, value in kept:
+            parameter.data.copy_(value)
+
+
+@contextmanager
+def attached(model: torch.nn.Module, adapter: Adapter, name: str = "default") -> Iterator[Any]:
+    """`model` inside a `peft.PeftModel` that holds `adapter` under `name`, in evaluation mode and frozen; on leaving, plain again.
+
+    The base's modules and weights stay as they are, so that an adapter can be looked at module by module (which of them matter, what a
+    subset does) without rounding into the weights. Raises PatchBaseError for a module that the model does not have, or of another shape,
+    before anything is touched.
+    """
+    import peft
+
+    modules = dict(model.named_modules())
+    for module, factors in adapter.factors.items():
+        have = getattr(modules.get(module), "weight", None)
+        wanted = (factors.b.shape[0], factors.a.shape[1])
+        if have is None or tuple(have.shape) != (wanted[::-1] if factors.transposed else wanted):
+            found = "no such module" if have is None else f"a weight of shape {tuple(have.shape)} there"
+            raise PatchBaseError(f"The adapter changes {module}, of {wanted[0]} outputs and {wanted[1]} inputs; the model has {found}.")
+    with wrapped(model, peft.LoraConfig(**peft_settings(adapter)), name) as outer:
+        modules = dict(model.named_modules())
+        for module, factors in adapter.factors.items():
+            layer: Any = modules[module]
+            for side, value in (("lora_A", factors.a), ("lora_B", factors.b)):
+                linear = getattr(layer, side)[name]
+                linear.weight = torch.nn.Parameter(value.to(linear.weight.device), requires_grad=False)
+            layer.scaling[name] = factors.scale
+        yield outer.eval()
+
+
+def write_folder(adapter: Adapter, target: str | os.PathLike[str], base: str | None) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads."""
+    config = peft_settings(adapter, base)
     sources = []
     for name, (a, b, *_) in adapter.factors.items():
         for side, tensor in (("A", a), ("B", b)):
