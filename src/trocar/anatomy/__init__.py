@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         tensor_fingerprint,
         tensor_fingerprint_bytes,
     )
+    from trocar.anatomy.grouping import module_groups
     from trocar.anatomy.linear import LinearView, Slice
     from trocar.anatomy.resolve import Anatomy, Tower
     from trocar.anatomy.tiny import TINY, tiny_inputs, tiny_model
@@ -34,6 +35,7 @@ _HOMES = {
         *("FileTensor", "checkpoint_fingerprints", "dtype_name", "fingerprint", "structure_fingerprint"),
         *("tensor_fingerprint", "tensor_fingerprint_bytes"),
     ),
+    "grouping": ("module_groups",),
     "linear": ("LinearView", "Slice"),
     "resolve": ("Anatomy", "Tower"),
     "tiny": ("TINY", "tiny_inputs", "tiny_model"),
@@ -42,7 +44,8 @@ __all__ = [
     "FAMILIES", "TINY", "Anatomy", "Attention", "Block", "Channel", "Component",
     "Family", "FileTensor", "Head", "Linear", "LinearView", "Mlp", "Neuron",
     "Slice", "Tower", "TowerRow", "checkpoint_fingerprints", "describe", "dtype_name", "fingerprint",
-    "parse", "register", "structure_fingerprint", "tensor_fingerprint", "tensor_fingerprint_bytes", "tiny_inputs", "tiny_model",
+    "module_groups", "parse", "register",
+    "structure_fingerprint", "tensor_fingerprint", "tensor_fingerprint_bytes", "tiny_inputs", "tiny_model",
 ]  # fmt: skip
 
 __getattr__ = lazy(__name__, _HOMES)

@@ -19,9 +19,9 @@ from trocar.patch.ops.adapter import Adapter, Factors
 from trocar.patch.ops.low_rank import LowRank
 from trocar.patch.patch import Patch, raw_bytes
 from trocar.patch.record import dtype_code
+from trocar.trace.adapters import RESIDUAL
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-RESIDUAL = ("pissa", "olora", "corda", "loftq")  # initialisations that take the adapter's first value out of the base's weights
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PLAIN = "Only plain LoRA on linear maps can be a patch: no DoRA, no biases, no modules_to_save, no embeddings."
 
