@@ -95,24 +95,23 @@ class AdapterSwitches:
         self.groups, self.adapter, self.only_training, self.tensor = groups, adapter, only_training, tensor
         self.initial = dict(initial or {})
         self.names = tuple(groups)
-        self.mask: tuple[bool, ...] | None = None
+        self.levels: tuple[float, ...] | None = None
         self.rows: torch.Tensor | None = None
         self._restores: list[Callable[[], Any]] = []
-        self._levels: torch.Tensor | None = None
+        self._tensor: torch.Tensor | None = None
         if tensor:
             odd = [name for members in groups.values() for name, module in members.items() if not self._plain(name, module)]
             if odd:
                 raise UnsupportedModelError(f"The adapter of {odd[0]} is not plain LoRA.", "Leave out the tensor mode.")
 
-    def set(self, mask: Sequence[bool] | None) -> None:
-        """Switch for all rows: one flag a group, in the order of `names`; None: all on."""
-        if mask is not None and len(mask) != len(self.names):
-            raise InterventionError(
-                f"{len(mask)} flags cannot switch {len(self.names)} groups.", f"The groups are {', '.join(self.names)}."
-            )
-        self.mask, self.rows = None if mask is None else tuple(bool(flag) for flag in mask), None
-        if self._levels is not None:
-            self._levels.copy_(torch.tensor([1.0] * len(self.names) if self.mask is None else [float(flag) for flag in self.mask]))
+    def set(self, levels: Sequence[bool | float] | None) -> None:
+        """Switch for all rows: one flag a group, in the order of `names`, or a number that scales its contribution; None: all on."""
+        if levels is not None and len(levels) != len(self.names):
+            known = ", ".join(self.names)
+            raise InterventionError(f"{len(levels)} flags cannot switch {len(self.names)} groups.", f"The groups are {known}.")
+        self.levels, self.rows = None if levels is None else tuple(float(level) for level in levels), None
+        if self._tensor is not None:
+            self._tensor.copy_(torch.tensor([1.0] * len(self.names) if self.levels is None else self.levels))
 
     def set_rows(self, factors: torch.Tensor | None) -> None:
         """Switch row by row: (batch, groups), bool or float (a float scales the adapter's contribution); None: all on.
@@ -125,7 +124,7 @@ class AdapterSwitches:
         if factors is not None and (factors.ndim != 2 or factors.shape[1] != len(self.names)):
             shape = tuple(factors.shape)
             raise InterventionError(f"Factors of shape {shape} cannot switch {len(self.names)} groups.", "Give (batch, groups).")
-        self.rows, self.mask = factors, None
+        self.rows, self.levels = factors, None
 
     def __enter__(self) -> AdapterSwitches:
         try:
@@ -138,8 +137,8 @@ class AdapterSwitches:
                         self._restores.append(override(module, "forward", self._switched(number, name, module)))
             if self.tensor:
                 device = next(module for members in self.groups.values() for module in members.values()).lora_B[self.adapter].weight.device
-                self._levels = torch.ones(len(self.names), device=device)
-                self.set(self.mask)
+                self._tensor = torch.ones(len(self.names), device=device)
+                self.set(self.levels)
         except BaseException:
             self.__exit__()
             raise
@@ -148,7 +147,7 @@ class AdapterSwitches:
     def __exit__(self, *exception: object) -> None:
         while self._restores:
             self._restores.pop()()
-        self._levels = self.mask = self.rows = None
+        self._tensor = self.levels = self.rows = None
 
     def _plain(self, name: str, module: Any) -> bool:
         """Whether the module's output is its base's plus what lora_B gives."""
@@ -177,15 +176,21 @@ class AdapterSwitches:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.rows is not None:
                 return by_row(self.rows[:, number], x, *args, **kwargs)
-            if self.mask is None or self.mask[number] or (self.only_training and not module.training):
-                return on(x, *args, **kwargs)
-            return off(x, *args, **kwargs)
+            level = 1.0 if self.levels is None or (self.only_training and not module.training) else self.levels[number]
+            if level == 0:
+                return off(x, *args, **kwargs)
+            if plain or level == 1:
+                return on(x, *args, **kwargs)  # of plain LoRA, what lora_B gives is scaled by a hook of its own
+            return blend(torch.full((1,), level, device=x.device), x, *args, **kwargs)
 
         def by_row(factors: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if bool((factors == 0).all()):
                 return off(x, *args, **kwargs)
             if plain or bool((factors == 1).all()):
-                return on(x, *args, **kwargs)  # of plain LoRA, what lora_B gives is scaled by a hook of its own
+                return on(x, *args, **kwargs)
+            return blend(factors, x, *args, **kwargs)
+
+        def blend(factors: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             adapted, bare = on(x, *args, **kwargs), off(x, *args, **kwargs)
             if not torch.is_tensor(adapted):
                 raise InterventionError(f"{name} gives several outputs, which cannot be switched row by row.", "Switch it for all rows.")
@@ -195,16 +200,20 @@ class AdapterSwitches:
 
     def _scaled(self, number: int) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-            return None if self.rows is None else output * _along(self.rows[:, number], output)
+            if self.rows is not None:
+                return output * _along(self.rows[:, number], output)
+            if self.levels is None or self.levels[number] == 1 or (self.only_training and not module.training):
+                return None
+            return output * self.levels[number]
 
         return hook
 
     def _level(self, number: int) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            assert self._levels is not None
+            assert self._tensor is not None
             if self.only_training and not module.training:
                 return output
-            return output * self._levels[number].to(output.dtype)
+            return output * self._tensor[number].to(output.dtype)
 
         return hook
 

@@ -1,0 +1,77 @@
+"""The keep-probability and the masks: pure functions of the step and the seed, so that a resumed run draws what it would have drawn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from trocar.adapt.copra.config import CopraConfig
+from trocar.core.errors import ConfigError
+from trocar.core.seeds import derive
+
+Shape = Callable[[float], float]
+SHAPES: dict[str, Shape] = {
+    "linear": lambda x: x,
+    "exp": lambda x: math.expm1(x) / math.expm1(1),
+    "sine": lambda x: math.sin(math.pi * x / 2),
+}
+
+
+def keep_probability(step: int, total: int, config: CopraConfig | None = None, shape: Shape | None = None) -> float:
+    """p(t) of optimiser step `step` = 0, 1, ...: p0 + (1 - p0) * growth(t / ceil(rho T)), and 1 from step ceil(rho T) on.
+
+    shape: growth of one's own from 0 at 0 to 1 at 1, instead of the schedule's. The first step has p0, and the step after k finished ones
+    p(k), as in the authors' callback.
+    """
+    config = config or CopraConfig()
+    if config.schedule == "constant" and shape is None:
+        return config.p0
+    ramp = math.ceil(config.rho * total)
+    if step >= ramp:
+        return 1.0
+    grown = (shape or SHAPES[config.schedule])(step / ramp)
+    return min(1.0, config.p0 + (1 - config.p0) * grown)
+
+
+def check_shape(shape: Shape | None) -> None:
+    """Raise ConfigError for a growth that leaves [0, 1] or falls."""
+    if shape is None:
+        return
+    values = [shape(place / 100) for place in range(101)]
+    if min(values) < 0 or max(values) > 1 or any(later < earlier for earlier, later in itertools.pairwise(values)):
+        raise ConfigError("The growth given as `shape` leaves [0, 1] or falls somewhere.", "It must rise from 0 at 0 to 1 at 1.")
+
+
+def probabilities(step: int, total: int, groups: int, config: CopraConfig, shape: Shape | None = None) -> np.ndarray:
+    """The probability of each group, before the rule that at least one is on; (groups,)."""
+    depth = np.linspace(0, 1, groups) if groups > 1 else np.full(1, 0.5)
+    if config.strategy == "stochastic-depth":
+        return 1 - config.depth_rate * depth
+    p = keep_probability(step, total, config, shape)
+    if config.tilt == "none":
+        return np.full(groups, p)
+    return p ** (0.5 + (depth if config.tilt == "high" else 1 - depth))
+
+
+def draw(step: int, keep: np.ndarray, seed: int) -> np.ndarray:
+    """Which groups are on at this step, (groups,) bool: independent, drawn anew as a whole until one is on; a stream of its own per step.
+
+    With all probabilities 0 that would never end: then one group is on, each as likely (what the rule tends to).
+    """
+    random = np.random.default_rng(derive(seed, "copra", step))
+    if not keep.any():
+        return np.arange(len(keep)) == random.integers(len(keep))
+    while True:
+        mask = random.random(len(keep)) < keep
+        if mask.any():
+            return mask
+
+
+def expected_on(keep: np.ndarray) -> np.ndarray:
+    """The probability that each group is on, with the rule that at least one is: p / (1 - product of (1 - p)); (groups,)."""
+    if not keep.any():
+        return np.full(len(keep), 1 / len(keep))
+    return keep / (1 - np.prod(1 - keep))
