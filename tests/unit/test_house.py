@@ -23,6 +23,7 @@ FLOORS = {
     "locate": 3,
     "evaluate": 3,
     "method": 4,
+    "fitting": 4,
     "result": 4,
     "edit": 5,
     "adapt": 5,

@@ -11,9 +11,9 @@ from trocar import lab
 from trocar.core.errors import ConfigError, DataError
 from trocar.core.files import read_json
 from trocar.core.seeds import generator
+from trocar.fitting import IGNORED, fit_stream
 from trocar.lab import registry, translation
-from trocar.lab.fitting import fit_stream
-from trocar.lab.language import IGNORED, Sentences, completed, new_decoder
+from trocar.lab.language import Sentences, completed, new_decoder
 from trocar.lab.language_training import plant
 from trocar.lab.registry import DecoderShape, Planted, TextRecipe, TranslationData
 from trocar.lab.worlds import FIRST_HOPS, SECOND_HOPS, make_world, seconds, tokenizer

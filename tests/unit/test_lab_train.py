@@ -8,9 +8,9 @@ import torch
 from trocar import lab
 from trocar.core.errors import ConfigError, DataError
 from trocar.core.files import read_json
+from trocar.fitting import last_whole_checkpoint
 from trocar.lab import registry
 from trocar.lab.failures import groups, locality
-from trocar.lab.fitting import last_whole_checkpoint
 from trocar.lab.rare import rare_parts, split
 from trocar.lab.registry import RareData, TrainRecipe, ViTShape
 from trocar.lab.sources import Table

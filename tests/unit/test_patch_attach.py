@@ -1,5 +1,6 @@
 """Adapters on a model for a while: what peft computes, and nothing left behind."""
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from trocar.anatomy import fingerprint, tiny_inputs, tiny_model
-from trocar.core.errors import PatchBaseError
+from trocar.core.errors import PatchBaseError, PatchFormatError
 from trocar.patch import Adapter, Factors, attached, wrapped
+from trocar.trace.adapters import initial_factors
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "vit": ["q_proj", "v_proj"]}
 
@@ -61,3 +63,25 @@ def test_another_models_adapter_is_refused_before_anything_is_touched() -> None:
         with pytest.raises(PatchBaseError, match=words), attached(model, Adapter(wrong)):
             raise AssertionError("was attached")
     assert not any("lora" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_began_inside_the_base_belongs_to_the_original_weights_or_is_refused(start: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    inputs = tiny_inputs(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+    with wrapped(model, config) as outer, torch.no_grad():
+        initial = initial_factors(outer)
+        for name, parameter in outer.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+        expected = outer.eval()(**inputs)[0]
+        with pytest.raises(PatchFormatError, match=f"began as {start}"):
+            Adapter.of(outer)
+        adapter = Adapter.of(outer, initial=initial)
+        outer.save_pretrained(tmp_path / "raw")
+    assert {factors.a.shape[0] for factors in adapter.factors.values()} == {4}
+    with attached(model, adapter) as outer, torch.no_grad():
+        torch.testing.assert_close(outer(**inputs)[0], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(PatchFormatError, match="path_initial_model_for_weight_conversion"):
+        Adapter.from_peft(tmp_path / "raw")

@@ -9,9 +9,8 @@ import torch
 
 from trocar.core.errors import DataError
 from trocar.core.seeds import derive, generator
+from trocar.fitting import IGNORED, Passes
 from trocar.lab.registry import DecoderShape, TextRecipe
-
-IGNORED = -100  # label of a position that is not learned from
 
 
 def new_decoder(shape: DecoderShape, vocabulary: int, seed: int, positions: int = 512) -> Any:
@@ -46,22 +45,16 @@ class Sentences(torch.utils.data.Dataset):
         if not rows:
             raise DataError("There are no sentences to train on.")
         self.rows, self.start, self.recipe, self.seed = [list(row) for row in rows], list(start), recipe, seed
-        self._order: dict[int, torch.Tensor] = {}
+        self.order = Passes(len(self.rows), seed)
 
     def __len__(self) -> int:
         return self.recipe.steps * self.recipe.batch
-
-    def _row(self, item: int) -> list[int]:
-        epoch, place = divmod(item, len(self.rows))
-        if epoch not in self._order:
-            self._order = {epoch: torch.randperm(len(self.rows), generator=generator(self.seed, "epoch", epoch))}
-        return self.rows[int(self._order[epoch][place])]
 
     def __getitems__(self, items: list[int]) -> dict[str, torch.Tensor]:
         most, rng = self.recipe.packed, generator(self.seed, "packed", items[0])
         counts = torch.randint(1, most + 1, (len(items),), generator=rng).tolist()
         texts = [
-            self.start + [token for k in range(count) for token in self._row(item * most + k)]
+            self.start + [token for k in range(count) for token in self.rows[self.order[item * most + k]]]
             for item, count in zip(items, counts, strict=True)
         ]
         length = max(len(text) for text in texts)

@@ -11,12 +11,12 @@ import torch
 from trocar.anatomy import Anatomy
 from trocar.core.errors import ConfigError
 from trocar.core.seeds import generator
+from trocar.fitting import fit_stream
 from trocar.lab import translation
-from trocar.lab.fitting import Made, fit_stream
 from trocar.lab.language import Sentences, completed, new_decoder
 from trocar.lab.models import load
 from trocar.lab.registry import LabModel, Planted, TextRecipe, TranslationData, WorldData
-from trocar.lab.training import train
+from trocar.lab.training import Made, train
 from trocar.lab.worlds import make_world, tokenizer
 
 TESTED = 100  # sentences a direction on which a translator's card is measured

@@ -8,6 +8,7 @@ from typing import Literal
 
 from trocar.core.config import Config
 from trocar.core.errors import ConfigError, nearest
+from trocar.fitting import Optimiser
 
 WEIGHTS = Path(__file__).with_name("weights")
 
@@ -73,17 +74,6 @@ class ViTShape(Config):
     blocks: int = 6
     heads: int = 4
     neurons: int = 512
-
-
-class Optimiser(Config):
-    """AdamW with linear warm-up (share of the steps) and cosine decay; weights are stored in float16."""
-
-    batch: int = 128
-    lr: float = 2e-3
-    warmup: float = 0.08
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    checkpoint_steps: int = 100
 
 
 class TrainRecipe(Optimiser):

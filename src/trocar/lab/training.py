@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,20 @@ from torch import nn
 from trocar.core.errors import DataError
 from trocar.core.files import write_json, write_text
 from trocar.core.seeds import derive, generator
-from trocar.lab.fitting import Made, fit_stream
+from trocar.fitting import Passes, fit_stream
 from trocar.lab.pixels import decode_all, processor_for
 from trocar.lab.rare import RareSplit, split
 from trocar.lab.registry import LabModel, RareData, TrainRecipe, ViTShape, cache_folder, get
+
+
+@dataclass(frozen=True)
+class Made:
+    """A trained model and what goes beside it. facts: measured on the stored, rounded weights, for `lab.json`; text: the card from them."""
+
+    model: nn.Module
+    processor: Any
+    facts: Callable[[nn.Module], dict[str, Any]]
+    text: Callable[[dict[str, Any]], str]
 
 
 def train(name: str, device: str = "auto", out: str | Path | None = None, seed: int = 0) -> Path:
@@ -160,19 +172,13 @@ class _Stream(torch.utils.data.Dataset):
             raise DataError(f"Training needs as many pictures as labels and at least one ({len(pixels)} and {len(labels)} given).")
         self.pixels, self.labels, self.recipe, self.seed = pixels, labels, recipe, seed
         self.length = steps * recipe.batch
-        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+        self.order = Passes(len(labels), seed)
 
     def __len__(self) -> int:
         return self.length
 
-    def _row(self, item: int) -> int:
-        epoch, place = divmod(item, len(self.labels))
-        if self._order[0] != epoch:
-            self._order = (epoch, torch.randperm(len(self.labels), generator=generator(self.seed, "epoch", epoch)))
-        return int(self._order[1][place])
-
     def __getitems__(self, items: list[int]) -> dict[str, torch.Tensor]:
-        rows = [self._row(item) for item in items]
+        rows = [self.order[item] for item in items]
         rng = generator(self.seed, "augment", items[0])
         pixels, s = self.pixels[rows].float() / 127.5 - 1, self.recipe.shift
         flip = torch.rand(len(rows), generator=rng) < 0.5

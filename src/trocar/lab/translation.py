@@ -17,7 +17,7 @@ import torch
 from trocar.core.errors import DataError
 from trocar.core.seeds import generator
 from trocar.evaluate.translation import language_name, translation_prompt
-from trocar.lab.language import IGNORED
+from trocar.fitting import IGNORED
 from trocar.lab.registry import TextRecipe, TranslationData
 
 BREAK = "\n"

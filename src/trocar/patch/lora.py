@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,23 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weig
 _PLAIN = "Only plain LoRA on linear maps can be a patch: no DoRA, no biases, no modules_to_save, no embeddings."
 
 
-def from_model(model: Any, adapter: str = "default") -> Adapter:
-    """The factors of one LoRA adapter of a `PeftModel`. Raises PatchFormatError for anything but plain LoRA on linear maps."""
+def from_model(model: Any, adapter: str = "default", initial: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None) -> Adapter:
+    """The factors of one LoRA adapter of a `PeftModel`. Raises PatchFormatError for anything but plain LoRA on linear maps.
+
+    initial: the fresh factors of an initialisation that took them out of the base's weights (PiSSA, OLoRA; `trace.adapters.
+    initial_factors`); they are subtracted, which doubles the rank, so that the result belongs to the original weights.
+    """
     config = getattr(model, "peft_config", {}).get(adapter)
     if config is None:
         known = ", ".join(getattr(model, "peft_config", {})) or "none"
         raise PatchFormatError(f"The model has no adapter '{adapter}'.", f"It has: {known}.")
-    _refuse(config.to_dict(), f"The adapter '{adapter}'")
+    settings = config.to_dict()
+    _refuse(settings, f"The adapter '{adapter}'")
+    if initial is None and (start := _residual(settings)):
+        raise PatchFormatError(
+            f"The adapter '{adapter}' began as {start}, whose first value was taken out of the base's weights.",
+            "Give its fresh factors: Adapter.of(model, initial=trocar.trace.adapters.initial_factors(model)), taken before training.",
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     factors = {}
     for name, module in base.named_modules():
@@ -43,7 +53,11 @@ def from_model(model: Any, adapter: str = "default") -> Adapter:
         a, b = module.lora_A[adapter], module.lora_B[adapter]
         if a.weight.dim() != 2 or b.bias is not None:
             raise PatchFormatError(f"The adapter '{adapter}' changes {name} in a way other than B @ A.", _PLAIN)
-        factors[name] = Factors(a.weight, b.weight, float(module.scaling[adapter]), bool(module.fan_in_fan_out))
+        left, right = a.weight, b.weight
+        if initial and name in initial:
+            a0, b0 = (part.to(left.device, left.dtype) for part in initial[name])
+            left, right = torch.cat([left, a0]), torch.cat([right, -b0], dim=1)
+        factors[name] = Factors(left, right, float(module.scaling[adapter]), bool(module.fan_in_fan_out))
     if not factors:
         raise PatchFormatError(f"The adapter '{adapter}' has no LoRA factors.", _PLAIN)
     task = getattr(config.task_type, "value", config.task_type)
@@ -60,6 +74,11 @@ def from_folder(folder: str | os.PathLike[str]) -> Adapter:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise PatchFormatError(f"{folder} does not hold a LoRA adapter.", _PLAIN)
     _refuse(config, str(folder))
+    if start := _residual(config):
+        raise PatchFormatError(
+            f"{folder} began as {start}, whose first value was taken out of the base's weights: it belongs to no pretrained model.",
+            "Convert it when saving, peft_model.save_pretrained(folder, path_initial_model_for_weight_conversion=...).",
+        )
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, entry in entries(folder / WEIGHTS).items():
         found = _KEY.fullmatch(key)
@@ -92,6 +111,12 @@ def _pattern(patterns: Any, name: str, default: Any, folder: Path) -> float:
     if isinstance(default, bool) or not isinstance(default, int | float):
         raise PatchFormatError(f"{folder / CONFIG} has no number as lora_alpha for {name}.", "Fetch it again.")
     return float(default)
+
+
+def _residual(config: Mapping[str, Any]) -> str:
+    """The name of an initialisation that changes the base, or nothing."""
+    start = config.get("init_lora_weights")
+    return start if isinstance(start, str) and start.lower().startswith(RESIDUAL) else ""
 
 
 def _refuse(config: dict[str, Any], what: str) -> None:
@@ -177,8 +202,8 @@ def wrapped(model: torch.nn.Module, config: Any, name: str = "default") -> Itera
     flags = [(module, module.training) for module in model.modules()]
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     marked = model.__dict__.get("_hf_peft_config_loaded")  # transformers' note, which unload leaves: saving would look for adapters
-    residual = isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(RESIDUAL)
-    kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters()] if residual else []
+    changes = _residual(config.to_dict())
+    kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters()] if changes else []
     outer = peft.get_peft_model(model, config, name)  # type: ignore[arg-type]
     try:
         yield outer
@@ -201,7 +226,7 @@ def attached(model: torch.nn.Module, adapter: Adapter, name: str = "default") ->
     """`model` inside a `peft.PeftModel` that holds `adapter` under `name`, in evaluation mode and frozen; on leaving, plain again.
 
     The base's modules and weights stay as they are, so that an adapter can be looked at module by module (which of them matter, what a
-    subset does) without rounding into the weights. Raises PatchBaseError for a module that the model does not have, or of another shape,
+    subset does) without rounding into the weights. Inside, `model` itself is adapted too. Raises PatchBaseError for a module that the model does not have, or of another shape,
     before anything is touched.
     """
     import peft

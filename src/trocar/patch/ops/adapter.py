@@ -100,11 +100,14 @@ class Adapter:
         self.record()
 
     @classmethod
-    def of(cls, model: Any, adapter: str = "default") -> Adapter:
-        """The factors of a `PeftModel`'s LoRA adapter. Raises PatchFormatError for anything that is not plain LoRA on linear maps."""
+    def of(cls, model: Any, adapter: str = "default", initial: Any = None) -> Adapter:
+        """The factors of a `PeftModel`'s LoRA adapter. Raises PatchFormatError for anything that is not plain LoRA on linear maps.
+
+        initial: of PiSSA and its like, `trocar.trace.adapters.initial_factors(model)` from before training; subtracted.
+        """
         from trocar.patch.lora import from_model
 
-        return from_model(model, adapter)
+        return from_model(model, adapter, initial)
 
     @classmethod
     def from_peft(cls, folder: Any) -> Adapter:

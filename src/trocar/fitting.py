@@ -1,7 +1,7 @@
-"""The one training loop of the lab: `transformers.Trainer` over a stream of whole batches, the same bytes whether or not it was killed.
+"""The one training loop of the house: `transformers.Trainer` over a stream of whole batches, the same bytes whether or not it was killed.
 
 Every batch is a pure function of (seed, position), not of a running random state, so a resumed run sees what an uninterrupted one would
-have seen.
+have seen. Floor 4; torch and transformers are imported when something is trained.
 """
 
 from __future__ import annotations
@@ -9,41 +9,66 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+import pydantic
 
-from trocar.core.seeds import derive
-from trocar.lab.registry import Optimiser
+from trocar.core.config import Config
+from trocar.core.seeds import derive, generator
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # label of a position that is not learned from
 
 
-@dataclass(frozen=True)
-class Made:
-    """A trained model and what goes beside it. facts: measured on the stored, rounded weights, for `lab.json`; text: the card from them."""
+class Optimiser(Config):
+    """AdamW with linear warm-up (share of the steps) and cosine decay.
 
-    model: nn.Module
-    processor: Any
-    facts: Callable[[nn.Module], dict[str, Any]]
-    text: Callable[[dict[str, Any]], str]
+    batch: rows; clip: largest norm of the gradient; checkpoint_steps: how often the state is written, for runs that are killed.
+    """
+
+    batch: int = pydantic.Field(default=128, ge=1)
+    lr: float = pydantic.Field(default=2e-3, gt=0)
+    warmup: float = pydantic.Field(default=0.08, ge=0, lt=1)
+    weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    clip: float = pydantic.Field(default=1.0, gt=0)
+    checkpoint_steps: int = pydantic.Field(default=100, ge=1)
+
+
+class Passes:
+    """Row numbers in the order of training: each pass over `rows` of them is a permutation of its own, drawn from the seed."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self._order: dict[int, torch.Tensor] = {}
+
+    def __getitem__(self, item: int) -> int:
+        import torch
+
+        epoch, place = divmod(item, self.rows)
+        if epoch not in self._order:
+            self._order = {epoch: torch.randperm(self.rows, generator=generator(self.seed, "epoch", epoch))}
+        return int(self._order[epoch][place])
 
 
 def fit_stream(
-    model: nn.Module,
-    stream: torch.utils.data.Dataset,
+    model: Any,
+    stream: Any,
     recipe: Optimiser,
     steps: int,
     work: Path,
     seed: int,
     device: str = "auto",
     stop_after: int | None = None,
-) -> nn.Module:
+    callbacks: Sequence[Any] = (),
+) -> Any:
     """Train `model` for `steps` batches of `stream`, whose `__getitems__` returns the model's inputs for one batch, resuming from `work`.
 
-    stop_after ends early, after that many steps (tests). Returns the model in evaluation mode.
+    stream: a dataset whose length is the steps times the batch. callbacks: of the Trainer. stop_after ends early, after that many steps
+    (tests). Returns the model in evaluation mode.
     """
     import transformers
 
@@ -55,7 +80,7 @@ def fit_stream(
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(recipe.warmup * steps)),
+        warmup_steps=max(1, round(recipe.warmup * steps)) if recipe.warmup else 0,
         save_steps=recipe.checkpoint_steps,
         save_total_limit=2,
         logging_steps=50,
@@ -66,7 +91,8 @@ def fit_stream(
         dataloader_pin_memory=False,
         remove_unused_columns=False,  # the stream hands over whole batches
     )
-    trainer = _trainer(stop_after, model=model, args=arguments, train_dataset=stream)
+    trainer = _trainer(stop_after, callbacks, model=model, args=arguments, train_dataset=stream)
+    trainer.remove_callback(transformers.PrinterCallback)  # without a bar the Trainer prints its logs
     model.train()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
     return model.eval()
@@ -83,8 +109,9 @@ def last_whole_checkpoint(work: Path) -> str | None:
     return None
 
 
-def _trainer(stop_after: int | None, **arguments: Any) -> Any:
+def _trainer(stop_after: int | None, callbacks: Sequence[Any], **arguments: Any) -> Any:
     """A Trainer that takes the stream in its own order; made here because importing the Trainer takes seconds."""
+    import torch
     import transformers
 
     class InOrder(transformers.Trainer):
@@ -94,6 +121,9 @@ def _trainer(stop_after: int | None, **arguments: Any) -> Any:
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             # The Trainer's own way looks for today's parameter names in what was saved under older ones, and only warns about the rest.
             model = self.model if model is None else model
+            if hasattr(model, "peft_config"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
             saved = type(model).from_pretrained(resume_from_checkpoint, dtype=next(model.parameters()).dtype)
             model.load_state_dict(saved.state_dict(), strict=True)
 
@@ -105,4 +135,4 @@ def _trainer(stop_after: int | None, **arguments: Any) -> Any:
     def whole(batch: Any) -> Any:
         return batch
 
-    return InOrder(callbacks=[] if stop_after is None else [StopAfter()], data_collator=whole, **arguments)
+    return InOrder(callbacks=[*callbacks, *([] if stop_after is None else [StopAfter()])], data_collator=whole, **arguments)
