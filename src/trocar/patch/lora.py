@@ -226,8 +226,8 @@ def attached(model: torch.nn.Module, adapter: Adapter, name: str = "default") ->
     """`model` inside a `peft.PeftModel` that holds `adapter` under `name`, in evaluation mode and frozen; on leaving, plain again.
 
     The base's modules and weights stay as they are, so that an adapter can be looked at module by module (which of them matter, what a
-    subset does) without rounding into the weights. Inside, `model` itself is adapted too. Raises PatchBaseError for a module that the model does not have, or of another shape,
-    before anything is touched.
+    subset does) without rounding into the weights. Inside, `model` itself is adapted too. Raises PatchBaseError for a module that the model
+    does not have, or of another shape, before anything is touched.
     """
     import peft
 
