@@ -9,6 +9,7 @@ from trocar.core.lazy import lazy
 from trocar.locate.refine import Refined, refine, top_mask, top_masks
 from trocar.locate.scores import How, Matrix, Scores, iou, mean
 from trocar.locate.screening import Screening, rank_correlation, screen
+from trocar.locate.shapley import CachedGame, Game, Shapley, shapley_values
 
 if TYPE_CHECKING:
     from trocar.locate.first_order import FirstOrder, first_order_effects
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attributions",
+    "CachedGame",
     "Effects",
     "FirstOrder",
+    "Game",
     "HeadEffects",
     "How",
     "Implicit",
@@ -31,6 +34,7 @@ __all__ = [
     "Refined",
     "Scores",
     "Screening",
+    "Shapley",
     "best_window",
     "component_effects",
     "first_order_effects",
@@ -48,6 +52,7 @@ __all__ = [
     "rank_correlation",
     "refine",
     "screen",
+    "shapley_values",
     "top_mask",
     "top_masks",
 ]
