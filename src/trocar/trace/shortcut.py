@@ -49,3 +49,21 @@ def starting_at(tower: Tower, layer: int, hidden: torch.Tensor, tuples: bool = F
         for restore in reversed(restores):
             restore()
         skipped.difference_update(below)
+
+
+@contextmanager
+def stopping_at(tower: Tower, layer: int) -> Iterator[list[torch.Tensor]]:
+    """Inside, a forward pass ends at the input of block `layer`, which is put into the list; the rest of the context is left out."""
+    reached: list[torch.Tensor] = []
+
+    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(hidden_argument(args, kwargs).detach())
+        raise Stop
+
+    handle = tower.blocks[layer].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield reached
+    except Stop:
+        pass
+    finally:
+        handle.remove()

@@ -155,7 +155,7 @@ class _Engine:
         reason = why_no_position(anatomy, tower, full)
         if reuse and reason:
             reasons.append(f"nothing left of the first changed position is reused: {reason}")
-        rank, world, device = _processes(next(anatomy.model.parameters()).device)
+        rank, world, device = processes(next(anatomy.model.parameters()).device)
         return cls(
             *(anatomy, tower, dict(shape.inputs), sets, metric, batch_size, read, reuse, reuse and not reason, reasons),
             *(shape.batch, shape.length, ends, rank, world, device, numbers),
@@ -325,7 +325,7 @@ def _first_column(item: Intervention, frame: Frame) -> int:
     return min(columns, default=0)  # none at all: the pass will say that it never came into effect
 
 
-def _processes(model: torch.device) -> tuple[int, int, torch.device]:
+def processes(model: torch.device) -> tuple[int, int, torch.device]:
     """Rank, number of processes, and the device on which they exchange results."""
     distributed = torch.distributed
     if not distributed.is_available():
