@@ -11,6 +11,7 @@ from trocar.core.lazy import lazy
 
 if TYPE_CHECKING:
     from trocar.evaluate.checks import Check, CheckRow, Verdict, parse_checks, run_checks
+    from trocar.evaluate.connectivity import Curve, connectivity
     from trocar.evaluate.costs import counts, latency
     from trocar.evaluate.forward import BaseOutputs, data_digest, evaluating, outputs, refuse_overlap
     from trocar.evaluate.fronts import Difference, at_equal, group_bootstrap_difference
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "checks": ("Check", "CheckRow", "Verdict", "parse_checks", "run_checks"),
+    "connectivity": ("Curve", "connectivity"),
     "costs": ("counts", "latency"),
     "fronts": ("Difference", "at_equal", "group_bootstrap_difference"),
     "language": ("Perplexity", "kl", "kl_to_base", "perplexity", "perplexity_measurement"),
@@ -76,6 +78,7 @@ __all__ = [
     "Check",
     "CheckRow",
     "CorpusScore",
+    "Curve",
     "Difference",
     "Loop",
     "Measurement",
@@ -88,6 +91,7 @@ __all__ = [
     "Verdict",
     "accuracy",
     "at_equal",
+    "connectivity",
     "contains_answer",
     "corpus_score",
     "cost",

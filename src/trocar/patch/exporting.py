@@ -10,9 +10,10 @@ from trocar.anatomy import Anatomy
 from trocar.core.errors import ExportError, UnsupportedModelError
 from trocar.patch.actions import Target
 from trocar.patch.checkpoint import copy_others, match, new_folder, scan, skeleton
-from trocar.patch.lora import combined, write_folder
+from trocar.patch.lora import combined
 from trocar.patch.merge import GATE_INSTEAD, merge_into, wanted_fingerprints, written
 from trocar.patch.patch import Applied, Patch, check_base, check_structure
+from trocar.patch.peft_folder import write_folder
 from trocar.patch.removal import refuse_inexpressible
 
 

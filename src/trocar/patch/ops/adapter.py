@@ -112,9 +112,9 @@ class Adapter:
     @classmethod
     def from_peft(cls, folder: Any) -> Adapter:
         """Read a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`); no code of it is run. Raises PatchFormatError."""
-        from trocar.patch.lora import from_folder
+        from trocar.patch.peft_folder import open_folder
 
-        return from_folder(folder)
+        return open_folder(folder).adapter()
 
     def record(self) -> AdapterRecord:
         modules = tuple(
