@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from trocar.anatomy import fingerprint, tiny_inputs, tiny_model
 from trocar.core.errors import ConfigError, MetricError, PatchFormatError
 from trocar.evaluate import connectivity
-from trocar.evaluate.connectivity import barrier
+from trocar.evaluate.curves import barrier
 from trocar.patch import Adapter, Factors, Patch, attached
 from trocar.patch.combine import aligned, aligned_fusion, combine_folders, ensemble, federated, fusion, lego, magnitude, mixture, prune
 from trocar.patch.combine.algebra import norm

@@ -11,8 +11,8 @@ from trocar.core.lazy import lazy
 
 if TYPE_CHECKING:
     from trocar.evaluate.checks import Check, CheckRow, Verdict, parse_checks, run_checks
-    from trocar.evaluate.connectivity import Curve, connectivity
     from trocar.evaluate.costs import counts, latency
+    from trocar.evaluate.curves import Curve, connectivity
     from trocar.evaluate.forward import BaseOutputs, data_digest, evaluating, outputs, refuse_overlap
     from trocar.evaluate.fronts import Difference, at_equal, group_bootstrap_difference
     from trocar.evaluate.language import Perplexity, kl, kl_to_base, perplexity, perplexity_measurement
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "checks": ("Check", "CheckRow", "Verdict", "parse_checks", "run_checks"),
-    "connectivity": ("Curve", "connectivity"),
+    "curves": ("Curve", "connectivity"),
     "costs": ("counts", "latency"),
     "fronts": ("Difference", "at_equal", "group_bootstrap_difference"),
     "language": ("Perplexity", "kl", "kl_to_base", "perplexity", "perplexity_measurement"),

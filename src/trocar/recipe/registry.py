@@ -37,6 +37,11 @@ METHODS: dict[str, Entry] = {
         "edit",
         "keep a translating language model from answering in the wrong language and from looping",
     ),
+    "copra": Entry(
+        "trocar.adapt.copra.recipe:METHOD",
+        "adapt",
+        "train LoRA adapters that stay linearly connected: they merge across seeds and tasks, and survive pruning",
+    ),
 }
 
 

@@ -1,0 +1,114 @@
+"""What adapters of one task are measured by: alone, between seeds, pruned, block by block. Every number is a committed unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trocar.anatomy import Anatomy, tensor_fingerprint
+from trocar.anatomy.grouping import By, module_groups
+from trocar.core.workspace import Workspace
+from trocar.evaluate import Curve, Task, TaskScores, connectivity
+from trocar.locate import Shapley, shapley_values
+from trocar.locate.games import adapter_game
+from trocar.patch import Adapter, attached
+from trocar.patch.combine import fusion, prune
+from trocar.patch.combine.algebra import norm
+
+
+def digest(adapter: Adapter | None) -> list[str]:
+    """What tells an adapter from others, as part of a unit's key."""
+    return [] if adapter is None else [f"{name}:{tensor_fingerprint(part)}" for name, part in sorted(adapter.tensors().items())]
+
+
+class Measured:
+    """Measures adapters of one model on the rows of one task. base: the scores without any."""
+
+    def __init__(self, model: Any, task: Task, work: Workspace, batch_size: int = 64, name: str = "test") -> None:
+        self.model, self.task, self.work, self.batch_size, self.name = model, task, work, batch_size, name
+        self.base = self(None, "base")
+
+    def __call__(self, adapter: Adapter | None, label: str) -> TaskScores:
+        """The scores of the model with an adapter (None: of the base)."""
+
+        def compute() -> dict[str, torch.Tensor]:
+            if adapter is None:
+                found = self.task.measure(self.model, self.batch_size)
+            else:
+                with attached(self.model, adapter) as outer:
+                    found = self.task.measure(outer, self.batch_size)
+            return {column: torch.from_numpy(getattr(found, column)) for column in ("right", "score", "first")}
+
+        unit = self.work.tensors(f"{self.name}-{label}", {"adapter": digest(adapter), "rows": len(self.task)}, compute)
+        return TaskScores(**{column: value.numpy() for column, value in unit.items()})
+
+    def curve(self, first: Adapter, second: Adapter, label: str, points: int) -> Curve:
+        """Share of right rows on the way from one adapter to another, in the space of factors."""
+
+        def value(place: float) -> float:
+            return self(fusion([first, second], [1 - place, place]).adapter, f"{label}-{place:.3f}").accuracy
+
+        return connectivity(value, points)
+
+
+def worth(
+    model: Any, adapter: Adapter, probe: Task, work: Workspace, label: str, *, by: By, method: Any, orders: int, batch_size: int, seed: int
+) -> Shapley:
+    """The Shapley values of an adapter's groups; the value of a coalition is the mean log-likelihood of the probe's rows."""
+
+    def compute() -> dict[str, Any]:
+        with attached(model, adapter) as outer:
+            game = adapter_game(outer, probe.inputs, probe.scored, by=by, batch_size=batch_size)
+            found = shapley_values(game, method, orders=orders, seed=seed)
+        return {
+            "players": list(found.players), "values": found.values.tolist(), "errors": found.errors.tolist(), "total": found.total,
+            "empty": found.empty, "evaluations": found.evaluations, "method": found.method, "settings": dict(found.settings),
+        }  # fmt: skip
+
+    key = {"adapter": digest(adapter), "rows": len(probe), "by": by, "method": method, "orders": orders, "seed": seed}
+    unit = work.values(f"shapley-{label}", key, compute)
+    return Shapley(
+        tuple(unit["players"]), np.array(unit["values"]), np.array(unit["errors"]), unit["total"], unit["empty"], unit["evaluations"],
+        unit["method"], unit["settings"],
+    )  # fmt: skip
+
+
+def orders_of_removal(model: Any, adapter: Adapter, found: Shapley | None, by: By, seed: int) -> dict[str, list[str]]:
+    """In which order an adapter's groups are removed: lowest Shapley value first, smallest update first, last blocks first, at random."""
+    groups = module_groups(adapter.factors, by, Anatomy.of(model))
+    sizes = {
+        group: float(np.sqrt(sum((f.scale * norm(f.b, f.a)) ** 2 for f in map(adapter.factors.__getitem__, names))))
+        for group, names in groups.items()
+    }
+    ways = {
+        "smallest update first": sorted(groups, key=sizes.__getitem__),
+        "last blocks first": list(groups)[::-1],
+        "at random": [list(groups)[place] for place in np.random.default_rng(seed).permutation(len(groups))],
+    }
+    if found is None:
+        return ways
+    values = dict(zip(found.players, found.values.tolist(), strict=True))
+    return {"lowest Shapley value first": sorted(groups, key=values.__getitem__), **ways}
+
+
+def removal(
+    measured: Measured, adapter: Adapter, order: Sequence[str], by: By, label: str, tell: Callable[[int], None] | None = None
+) -> list[float]:
+    """Share of right rows with the first 0, 1, ..., all groups of `order` removed, (groups + 1,)."""
+    anatomy, found = Anatomy.of(measured.model), []
+    for removed in range(len(order) + 1):
+        kept = list(order[removed:])
+        left = prune(adapter, kept, by=by, anatomy=anatomy).adapter if kept else None
+        found.append(measured(left, f"{label}-{removed}" if kept else "base").accuracy)
+        if tell is not None:
+            tell(removed)
+    return found
+
+
+def pruned(measured: Measured, adapter: Adapter, ways: Sequence[str], by: By, label: str) -> Mapping[str, TaskScores]:
+    """Scores after each way of pruning by place, see `trocar.patch.combine.prune`."""
+    anatomy = Anatomy.of(measured.model)
+    return {way: measured(prune(adapter, way, by=by, anatomy=anatomy).adapter, f"{label}-{way}") for way in ways}
