@@ -154,7 +154,7 @@ def _side(job: Job, name: str, train: Examples, probe: Examples, measured: Measu
 def _measurements(side: Side, before: TaskScores, unit: str, base: str, patch: Patch) -> list[Measurement]:
     """`accuracy`, `fusion`, `mixture`, `pruned.WAY`, all against the base; of what is compared with a suffix `.plain`."""
     tail = "" if side.name == "copra" else f".{side.name}"
-    state = f"{base}+{patch.digest[:16]}" if not tail else f"{base}+{side.name}"
+    state = f"{base[:12]}+{patch.digest[:8] if not tail else side.name}"
     found = [task_accuracy(f"accuracy{tail}", unit, before, side.alone[0], (base, state))]
     score = Measurement(f"score{tail}", unit, before.score, side.alone[0].score, "log-likelihood of the label or answer, nats", base, state)
     found.append(score)
@@ -200,13 +200,10 @@ def _scores(found: Shapley, how: How) -> list[Scores]:
 
 
 def _figures(sides: Sequence[Side], config: RecipeConfig) -> list[Figure]:
-    table = [
-        {"trained": side.name, "measured": name, "value": value}
-        for side in sides
-        for name, value in _told(side).items()
-        if isinstance(value, float)
-    ]
-    found = [Figure("summary", "Side by side", "table", "trained", "measured", table)]
+    told = {side.name: _told(side) for side in sides}
+    names = [name for name, value in told["copra"].items() if isinstance(value, float)]
+    table = [{"measured": name, **{side: numbers.get(name) for side, numbers in told.items()}} for name in names]
+    found = [Figure("summary", "Side by side", "table", "measured", "copra", table)]
     if curves := [row for side in sides if side.curve is not None for row in side.curve.rows(trained=side.name)]:
         found.append(
             Figure("connectivity", "On the straight way between two seeds", "curve", "place", "value", curves, series="trained",
