@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from trocar.core.errors import DataError
-from trocar.lab.tasks import SHIFTS, shards, shifted
+from trocar.lab.tasks import SHIFTS, new_forms, shards, shifted
+from trocar.lab.worlds import make_world
 from trocar.method import Examples
 
 
@@ -47,3 +48,16 @@ def test_every_row_goes_to_one_client_and_classes_are_uneven() -> None:
         shards(pictures(3), 4)
     with pytest.raises(DataError, match="have none"):
         shards(Examples({}, ("a",)), 2)
+
+
+def test_new_forms_ask_for_what_the_world_says_in_words_it_has() -> None:
+    world = make_world(1)
+    known, lines = set(world.vocabulary()), set(world.sentences())
+    tasks = new_forms(1)
+    assert sorted(tasks) == sorted(world.first)
+    for hop, rows in tasks.items():
+        assert len(rows) == len(world.people)
+        for prompt, answer, person in zip(rows.fields["prompt"], rows.fields["answer"], world.people, strict=True):
+            assert set(prompt.split()) | {answer} <= known
+            assert answer == world.first[hop][person]
+            assert not any(line.startswith(prompt) for line in lines)

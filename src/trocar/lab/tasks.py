@@ -10,6 +10,7 @@ import torch
 
 from trocar.core.errors import DataError, nearest
 from trocar.core.seeds import derive
+from trocar.lab.worlds import FIRST_HOPS, make_world
 from trocar.method import Examples
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -56,3 +57,18 @@ def shards(examples: Examples, clients: int, alpha: float = 0.5, seed: int = 0) 
     if not all(hands):
         raise DataError(f"{len(examples)} rows leave one of {clients} clients without any.", "Use fewer clients, or a larger alpha.")
     return [examples.take(sorted(hand)) for hand in hands]
+
+
+def new_forms(seed: int = 0) -> dict[str, Examples]:
+    """Questions about a knowledge world (`trocar.lab.worlds`) in a form that its text does not have: `Ada Lark country is`.
+
+    One task for every first relation, one row for every person, columns `prompt` and `answer`: the model has the knowledge and has to learn
+    the form.
+    """
+    world = make_world(seed)
+    found = {}
+    for hop, (kind, _, _) in FIRST_HOPS.items():
+        people = list(world.people)
+        fields = {"prompt": [f"{person} {kind} is" for person in people], "answer": [world.first[hop][person] for person in people]}
+        found[hop] = Examples({}, tuple(f"{hop} {person}" for person in people), None, None, fields)
+    return found
