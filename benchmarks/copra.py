@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import ROOT, arguments, mean_interval, write_result
-from copra_small import BASELINES, LORA, MAIN, OTHERS, QUICK, RATES, SHARES, TASK, Bench, Sizes, clients, merged_tasks, same_task, single
+from copra_small import LORA, MAIN, OTHERS, QUICK, RATES, SHARES, SHORTER, TASK, Bench, Sizes, clients, merged_tasks, same_task, single
 
 from trocar.core.workspace import Workspace
 
@@ -28,23 +28,19 @@ def collect(base: str, work: Workspace, sizes: Sizes) -> dict[str, Any]:
     """Everything that is measured on one base."""
     kind, seed = base.split(":")
     bench = Bench(kind, int(seed), work, sizes)
+    seeds = max(2, sizes.fewer)
     if kind == "world":
-        return {"tasks": merged_tasks(bench, min(WORLD_STEPS, sizes.short)), **_world(bench, sizes)}
+        steps = min(WORLD_STEPS, sizes.short)
+        return {"tasks": merged_tasks(bench, steps), "same": same_task(bench, "birthplace", MAIN, seeds, steps)}
     if kind == "pacs":
-        return {"same": same_task(bench, TASK, MAIN, sizes.fewer if sizes is not QUICK else 2, deep=False)}
-    found = {"same": same_task(bench, TASK, MAIN, sizes.seeds, deep=True)}
-    found["baselines"] = same_task(bench, TASK, BASELINES, max(2, sizes.fewer), deep=False)
-    found["short"] = single(bench, TASK, sizes.short, 3e-3, sizes.fewer)
-    found["rates"] = {f"{rate:g}": single(bench, TASK, sizes.short, rate, 1) for rate in RATES}
-    found["clients"] = clients(bench, TASK)
-    found["tasks"] = merged_tasks(bench, sizes.steps)
-    found["schedules"] = same_task(bench, TASK, ("copra exp", "copra sine"), 2, deep=False)
-    return found
-
-
-def _world(bench: Bench, sizes: Sizes) -> dict[str, Any]:
-    bench.sizes = Sizes(**{**vars(sizes), "steps": min(WORLD_STEPS, sizes.short), "probe": 80})
-    return {"same": same_task(bench, "birthplace", MAIN, sizes.fewer if sizes is not QUICK else 2, deep=False)}
+        return {"same": same_task(bench, TASK, MAIN, seeds, sizes.short)}
+    return {
+        "same": same_task(bench, TASK, MAIN, sizes.seeds, sizes.steps, deep=True),
+        "shorter": same_task(bench, TASK, SHORTER, seeds, sizes.short),
+        "tasks": merged_tasks(bench, sizes.short),
+        "clients": clients(bench, TASK),
+        "rates": {f"{rate:g}": single(bench, TASK, sizes.short, rate) for rate in RATES},
+    }
 
 
 def relation(name: str, claim: str, per_base: dict[str, float], want: Callable[[float], bool] = lambda value: value > 0) -> dict[str, Any]:
@@ -127,7 +123,7 @@ def _cifar(bases: dict[str, Any]) -> list[dict[str, Any]]:
         relation("R1 triples", "three seeds fused 1:1:1: CopRA is right more often",
                  of(lambda d: same("copra", "triples")(d) - same("plain", "triples")(d))),
         relation("R4 short", "at half the length single-task accuracy is about equal or better",
-                 of(lambda d: _mean(d["short"]["copra"]) - _mean(d["short"]["plain"])), lambda v: v > -0.01),
+                 of(lambda d: _mean(d["shorter"]["copra"]["alone"]) - _mean(d["shorter"]["plain"]["alone"])), lambda v: v > -0.01),
     ]  # fmt: skip
     for way in MAIN:
         gap = of(lambda d, way=way: same(way, "mixture")(d) - same(way, "alone")(d))
@@ -136,14 +132,14 @@ def _cifar(bases: dict[str, Any]) -> list[dict[str, Any]]:
                 f"R5 {way}", f"the mixture of two seeds loses nothing against one of them ({way}; at most .01)", gap, lambda v: v > -0.01
             )
         )
-    drop = of(lambda d: _mean(d["baselines"]["dropout"]["everyother"]) - _mean(d["same"]["copra"]["everyother"]))
+    drop = of(lambda d: _mean(d["shorter"]["dropout"]["everyother"]) - _mean(d["shorter"]["copra"]["everyother"]))
     made.append(relation("R6", "element dropout does not give what CopRA gives to pruning (everyother, difference)", drop, lambda v: v < 0))
-    constant = of(lambda d: _mean(d["baselines"]["constant"]["everyother"]) - same("plain", "everyother")(d))
+    constant = of(lambda d: _mean(d["shorter"]["constant"]["everyother"]) - _mean(d["shorter"]["plain"]["everyother"]))
     made.append(relation("R7 pruning", "constant p without a full phase prunes better than plain LoRA (everyother)", constant))
-    whole = of(lambda d: _mean(d["baselines"]["constant"]["alone"]) - same("copra", "alone")(d))
+    whole = of(lambda d: _mean(d["shorter"]["constant"]["alone"]) - _mean(d["shorter"]["copra"]["alone"]))
     made.append(relation("R7 alone", "and its whole model is worse than CopRA's (difference)", whole, lambda v: v < 0))
     for rate in RATES:
-        fall = of(lambda d, rate=rate: d["rates"][f"{rate:g}"]["copra"][0] - d["rates"][f"{rate:g}"]["plain"][0])
+        fall = of(lambda d, rate=rate: d["rates"][f"{rate:g}"]["copra"] - d["rates"][f"{rate:g}"]["plain"])
         made.append(relation(f"R9 {rate:g}", f"at a learning rate of {rate:g} CopRA does better than plain LoRA", fall))
     for start in ("own", "shared"):
         server = of(lambda d, s=start: d["clients"][f"copra, {s} start"]["server"] - d["clients"][f"plain, {s} start"]["server"])
@@ -170,7 +166,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         bases = [data for base, data in found.items() if base.startswith(kind)]
         if not bases:
             continue
-        for part in ("same", "baselines", "schedules"):
+        for part in ("same", "shorter"):
             ways = [way for way in bases[0].get(part, {}) if way != "base"]
             for way in ways:
                 keys = [

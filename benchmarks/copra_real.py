@@ -2,8 +2,9 @@
 
 Tasks: opposites, the countries of landmarks, past tenses (Todd et al. 2024), asked in one sentence each; the split keeps a pair of words on
 one side. Measured on rows that were never trained on: share of answers that greedy decoding gets right as a whole, alone, between seeds,
-without every other block's adapter, and three tasks merged into one adapter. The settings are the first that were tried (rate 1e-3, 160 steps
-of 16 rows), and were not changed after looking at a result. Every kind of adapter is written as a PEFT folder and loaded by plain peft.
+without every other block's adapter, and three tasks merged into one adapter. The settings are the first that were tried (rate 1e-3,
+160 steps of 16 rows), and were not changed after looking at a result. Every kind of adapter is written as a PEFT folder and loaded by plain
+peft.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def relations(real: Real, seeds: Sequence[int]) -> list[dict[str, Any]]:
     made = []
 
     def add(name: str, claim: str, value: Any, floor: float = 0.0) -> None:
-        per_seed = [np.mean([value(task, "copra", seed) - value(task, "plain", seed) for task in FORMS]) for seed in seeds]
+        per_seed = [float(np.mean([value(task, "copra", seed) - value(task, "plain", seed) for task in FORMS])) for seed in seeds]
         mean, low, high = mean_interval(per_seed) if len(per_seed) > 1 else (per_seed[0], None, None)
         values = {"mean": mean} | {f"seed {seed}": one for seed, one in zip(seeds, per_seed, strict=True)}
         holds = all(one > floor for one in per_seed)

@@ -37,9 +37,9 @@ WAYS: dict[str, Any] = {
     "stochastic depth": CopraConfig(strategy="stochastic-depth"),
 }
 MAIN = ("plain", "copra")
-BASELINES = ("copra p0=0", "constant", "dropout", "progressive dropout", "stochastic depth")
+SHORTER = (*MAIN, "constant", "dropout", "progressive dropout", "stochastic depth")
 TASK, OTHERS = "recoloured", ("turned", "inverted")
-STEPS, SHORT, BATCH = 800, 400, 40
+STEPS, SHORT, BATCH = 800, 400, 40  # main comparison; strategies, tasks, clients (half of it) and rates
 PRUNING = ("everyother", "low", "middle", "high")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 RATES = (1e-2, 3e-2)
@@ -55,7 +55,7 @@ class Sizes:
     steps: int = STEPS
     short: int = SHORT
     train: int = 6000
-    test: int = 2000
+    test: int = 1000
     probe: int = 300
     points: int = 11
 
@@ -122,13 +122,14 @@ def _pictures(kind: str, model: Any, sizes: Sizes) -> dict[str, tuple[Examples, 
     return {shift: (shifted(sides[0], shift), shifted(sides[1], shift)) for shift in shifts}
 
 
-def same_task(bench: Bench, task: str, ways: Sequence[str], seeds: int, deep: bool) -> dict[str, Any]:
+def same_task(bench: Bench, task: str, ways: Sequence[str], seeds: int, steps: int, deep: bool = False) -> dict[str, Any]:
     """Seeds of one task: alone, fused, mixed, pruned, valued. deep: everything; else what the comparison of strategies needs."""
+    mark = "" if steps == bench.sizes.steps else f"-{steps}"
     found: dict[str, Any] = {"base": bench.right(task, None, "base")}
     for way in ways:
-        made = [bench.train(task, way, seed) for seed in range(seeds)]
+        made = [bench.train(task, way, seed, steps) for seed in range(seeds)]
         adapters = [one.adapter for one in made]
-        tag = [f"{way}-{seed}" for seed in range(seeds)]
+        tag = [f"{way}-{seed}{mark}" for seed in range(seeds)]
         pairs = list(itertools.combinations(range(seeds), 2))
         cut = [
             pruned(bench.measured[task], adapter, PRUNING, "block", name.replace(" ", "-"))
@@ -137,10 +138,10 @@ def same_task(bench: Bench, task: str, ways: Sequence[str], seeds: int, deep: bo
         games = [bench.worth(task, adapter, name) for adapter, name in zip(adapters, tag, strict=True)]
         row: dict[str, Any] = {
             "alone": [bench.right(task, adapter, name) for adapter, name in zip(adapters, tag, strict=True)],
-            "fusion": [bench.right(task, fusion([adapters[i], adapters[j]]).adapter, f"{way}-{i}{j}-fused") for i, j in pairs],
+            "fusion": [bench.right(task, fusion([adapters[i], adapters[j]]).adapter, f"{way}-{i}{j}{mark}-fused") for i, j in pairs],
             "spread": [game.spread for game in games],
             "shares": [game.shares.tolist() for game in games if game.shares is not None],
-            "active": [float(np.mean(list(one.counts.values()))) / bench.sizes.steps for one in made if one.counts],
+            "active": [float(np.mean(list(one.counts.values()))) / steps for one in made if one.counts],
             **{way_cut: [scores[way_cut].accuracy for scores in cut] for way_cut in PRUNING},
         }
         if deep:
@@ -185,12 +186,12 @@ def _deep(
     return row
 
 
-def single(bench: Bench, task: str, steps: int, lr: float, seeds: int) -> dict[str, list[float]]:
-    """Single-task accuracy at another length or learning rate."""
+def single(bench: Bench, task: str, steps: int, lr: float) -> dict[str, float]:
+    """Single-task accuracy at another learning rate."""
     found = {}
     for way in MAIN:
-        made = [bench.train(task, way, seed, steps, lr).adapter for seed in range(seeds)]
-        found[way] = [bench.right(task, adapter, f"{way}-{seed}-{steps}-{lr:g}") for seed, adapter in enumerate(made)]
+        adapter = bench.train(task, way, 0, steps, lr).adapter
+        found[way] = bench.right(task, adapter, f"{way}-{steps}-{lr:g}")
     return found
 
 
@@ -206,7 +207,7 @@ def clients(bench: Bench, task: str) -> dict[str, Any]:
                     task,
                     way,
                     20 + number,
-                    bench.sizes.short,
+                    bench.sizes.short // 2,
                     rows=hand,
                     label="-shared" if shared else "-own",
                     start=first if shared else None,
