@@ -158,7 +158,7 @@ class Method:
 
     `roles` maps each data role to one sentence; a name ending in `?` is optional, one in `*` may repeat (`locality.random`).
     reads: what the roles' rows are. Rows of texts have no `inputs`; their columns stand in `fields`. `either`: the method's setting
-    `reads` says which, `pictures` or `texts`.
+    `reads` says which, `pictures` or `texts`. paths: settings that are lists of paths; relative ones start from the recipe's folder.
     """
 
     name: str
@@ -172,3 +172,4 @@ class Method:
     starter: str  # a commented recipe in YAML
     default_checks: Sequence[Mapping[str, Any]] = ()
     reads: Literal["pictures", "texts", "either"] = "pictures"
+    paths: Sequence[str] = ()

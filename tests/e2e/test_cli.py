@@ -25,7 +25,7 @@ RECIPE: dict[str, Any] = {
     "method": {"name": "dense-step"},
 }
 COMMANDS = ["inspect", "methods", "new", "run", "report", "doctor", "demo"]
-GROUPS = {"patch": ["show", "apply", "stack", "diff", "check", "export"], "lab": ["list", "train", "show"]}
+GROUPS = {"patch": ["show", "apply", "stack", "diff", "check", "export", "combine", "prune"], "lab": ["list", "train", "show"]}
 
 
 @pytest.fixture(autouse=True)

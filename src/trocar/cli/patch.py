@@ -1,4 +1,4 @@
-"""`trocar patch`: look at, apply, combine, compare, check and export changes. Floor 7."""
+"""`trocar patch`: look at, apply, stack, compare, check and export changes; combine and prune adapters. Floor 7."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import typer
 
 from trocar.cli import complete
 
-app = typer.Typer(help="Look at a patch, apply it to a checkpoint, stack, compare, check and export patches.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at a patch, apply it to a checkpoint, stack, compare, check and export patches; combine and prune adapters.",
+    no_args_is_help=True,
+)
 
 File = Annotated[Path, typer.Argument(help="A patch file (.safetensors).", show_default=False)]
 Model = Annotated[
@@ -116,3 +119,56 @@ def export(
     from trocar.cli.patching import export_patch
 
     export_patch(patch, model, output, to)
+
+
+@app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders, or patches that hold an adapter, of one base.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PEFT folder to write; a patch if it ends in .safetensors.", show_default=False)
+    ],
+    how: Annotated[str, typer.Option(help="fusion (of factors), mixture (of updates), aligned (then fused) or lego.")] = "fusion",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="One for each adapter, as in .5,.5; made to add up to 1. [dim]default: equal[/dim]", show_default=False),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the result, for mixture and lego. [dim]default: as the way has it[/dim]", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Their base; needed for a patch.", autocompletion=complete.models, show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of lego's clusters.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done to each module as JSON.")] = False,
+) -> None:
+    """Make one LoRA adapter of several, module by module, and say how far the parts were apart.
+
+    Example: [bold]trocar patch combine ./seed0 ./seed1 --how mixture --rank 16 -o ./merged[/bold]
+    """
+    from trocar.cli.combining import combine_adapters
+
+    combine_adapters(adapters, output, how, weights, rank, model, seed, as_json)
+
+
+@app.command()
+def prune(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder, or a patch that holds an adapter.", show_default=False)],
+    keep: Annotated[str, typer.Option(help="everyother, low, middle, high (blocks), or groups by name, as in L0,L2.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PEFT folder to write; a patch if it ends in .safetensors.", show_default=False)
+    ],
+    by: Annotated[str, typer.Option(help="What a group is: block, module, role (q_proj) or tower.")] = "block",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Its base; needed for a patch.", autocompletion=complete.models, show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done to each module as JSON.")] = False,
+) -> None:
+    """Keep some parts of a LoRA adapter and leave the rest of the model as its base has it.
+
+    Example: [bold]trocar patch prune ./adapter --keep everyother -o ./half[/bold]
+    """
+    from trocar.cli.combining import prune_adapter
+
+    prune_adapter(adapter, keep, output, by, model, as_json)

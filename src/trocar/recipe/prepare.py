@@ -66,6 +66,8 @@ def prepare(recipe: Recipe) -> Prepared:
 
     method = get_method(recipe.method.name)
     settings = method.config.parse(recipe.method.settings, "method")
+    found = {name: tuple(absolute(path, recipe.base) for path in getattr(settings, name)) for name in method.paths}
+    settings = settings.model_copy(update=found)
     check_roles(method.roles, recipe.data)
     kind = TextConfig if reads(method, settings) == "texts" else RoleSource
     data = {role: kind.parse(source, f"data.{role}") for role, source in recipe.data.items()}

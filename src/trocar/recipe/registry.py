@@ -42,6 +42,11 @@ METHODS: dict[str, Entry] = {
         "adapt",
         "train LoRA adapters that stay linearly connected: they merge across seeds and tasks, and survive pruning",
     ),
+    "merge": Entry(
+        "trocar.adapt.merging:METHOD",
+        "adapt",
+        "make one LoRA adapter of several, and measure every task without, with each alone, and merged",
+    ),
 }
 
 

@@ -9,6 +9,7 @@ Procrustes solution, and the least-squares solutions of either factor alone, eac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def aligned(reference: Source, other: Source) -> Combined:
     made, rows = {}, []
     for name in common_modules([reference, other], need_rank=True):
         first, second = factors_of(reference, name), factors_of(other, name)
-        made[name], row = _module(first, second)
+        made[name], row = align(first, second)
         rows.append({"module": name, "rank": second.a.shape[0], **row})
     return Combined(Adapter(made, other.task, other.dropout), rows)
 
@@ -41,7 +42,8 @@ def aligned_fusion(adapters: Sequence[Source], weights: Sequence[float] | None =
     return fusion([adapters[0], *(aligned(adapters[0], other).adapter for other in adapters[1:])], weights)
 
 
-def _module(first: Factors, second: Factors) -> tuple[Factors, dict[str, object]]:
+def align(first: Factors, second: Factors) -> tuple[Factors, dict[str, Any]]:
+    """One module: `second`'s factors near those of `first`."""
     # scales go into B, so that the factors of both mean the same
     b1, a1 = first.b.to(WORK) * first.scale, first.a.to(WORK)
     b2, a2 = second.b.to(WORK) * second.scale, second.a.to(WORK)
@@ -90,7 +92,7 @@ class _Grams:
                 (slope,) = torch.autograd.grad(value, p)
             except torch.linalg.LinAlgError:  # a singular P on the way
                 return float("inf"), np.zeros_like(flat)
-            return float(value), slope.numpy().reshape(-1)
+            return float(value.detach()), slope.numpy().reshape(-1)
 
         with torch.enable_grad():
             found = minimize(both, start.numpy().reshape(-1), jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
