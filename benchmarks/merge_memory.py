@@ -97,7 +97,7 @@ def beside_peft(size: int, rank: int) -> dict[str, Any]:
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj"])
     model = peft.get_peft_model(One(), config, "first")
     model.add_adapter("second", config)
-    layer: Any = model.base_model.model.q_proj
+    layer: Any = model.get_submodule("base_model.model.q_proj")
     adapters = []
     for name in ("first", "second"):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight

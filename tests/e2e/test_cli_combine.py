@@ -54,7 +54,7 @@ def test_a_mixture_loads_in_plain_peft_and_is_the_mean_of_the_updates(place: Pat
     assert "6 modules" in done.stdout
     assert f"peft: {tmp_path / 'made'}" in done.stdout
     first, second = updates(place / "seed0-2"), updates(place / "seed2-3")
-    base, inputs = tiny_model("llama"), tiny_inputs("llama")
+    base, inputs = tiny_model("llama"), tiny_inputs(tiny_model("llama"))
     with torch.no_grad():
         for name, value in first.items():
             base.get_submodule(name).weight += (0.25 * value + 0.75 * second[name]).float()

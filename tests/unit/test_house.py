@@ -24,6 +24,7 @@ FLOORS = {
     "evaluate": 3,
     "method": 4,
     "fitting": 4,
+    "adapted": 4,
     "result": 4,
     "edit": 5,
     "adapt": 5,

@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 
-from trocar.adapt.copra.measuring import Measured
+from trocar.adapted import Measured
 from trocar.anatomy import fingerprint
 from trocar.core.config import Config
 from trocar.core.errors import ConfigError, DataError, PatchBaseError
@@ -30,9 +30,9 @@ class MergeConfig(Config):
     """Which adapters become one, and how.
 
     reads: `pictures` with labels, or `texts` with prompts and answers. adapters: PEFT folders or patches that hold an adapter, from the
-    recipe's folder. how: `trocar.patch.combine`'s ways; weights: one for each adapter, made to add up to 1 (default: equal); rank: of the
-    result, for `mixture` and `lego`. compare: other ways, measured too. forms: of a task's prompts, by the task's name; `{}` stands for
-    the row's. points: of the way between two adapters. batch_size: rows of a measuring pass.
+    recipe's folder. how: `trocar.patch.combine`'s ways; weights: one for each adapter, made to add up to 1 (default: equal; LoRA-LEGO has
+    none); rank: of the result, for `mixture` and `lego`. compare: other ways, measured too. forms: of a task's prompts, by the task's
+    name; `{}` stands for the row's. points: of the way between two adapters. batch_size: rows of a measuring pass.
     """
 
     reads: Literal["pictures", "texts"] = "pictures"
