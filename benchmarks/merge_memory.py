@@ -9,6 +9,7 @@ python benchmarks/merge_memory.py [--quick] [--out FILE]
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -157,7 +158,7 @@ def main() -> None:
         }
         for row in beside
     ]
-    settings = {"blocks": blocks, "ranks": ranks, "dtype": "bfloat16", "peft": __import__("peft").__version__, "peer runs": 1}
+    settings = {"blocks": blocks, "ranks": ranks, "dtype": "bfloat16", "peft": importlib.metadata.version("peft"), "peer runs": 1}
     write_result(asked.out, "merge_memory", [0], settings, relations, timings, rows)
 
 

@@ -58,6 +58,28 @@ SUPPORT: dict[str, dict[str, str]] = {
         "vLLM": "merged checkpoint, neurons scaled for good",
         "llama.cpp": "merged checkpoint, neurons scaled for good, converted",
     },
+    "copra": {
+        "float32": "yes",
+        "bfloat16": "yes",
+        "float16": "yes (mixed precision is the Trainer's)",
+        "quantised": "callback and gate: any base that peft adapts; recipe: no",
+        "GGUF": "no",
+        "transformers": "LoRA adapter, patch or merged checkpoint",
+        "transformers without trocar": "LoRA adapter or merged checkpoint",
+        "vLLM": "LoRA adapter or merged checkpoint",
+        "llama.cpp": "LoRA adapter or merged checkpoint, converted",
+    },
+    "merge": {
+        "float32": "yes",
+        "bfloat16": "yes (combined in float64, rounded once)",
+        "float16": "yes (combined in float64, rounded once)",
+        "quantised": "adapters of a quantised base: yes, folder by folder",
+        "GGUF": "no",
+        "transformers": "LoRA adapter, patch or merged checkpoint",
+        "transformers without trocar": "LoRA adapter or merged checkpoint",
+        "vLLM": "LoRA adapter or merged checkpoint",
+        "llama.cpp": "LoRA adapter or merged checkpoint, converted",
+    },
 }
 
 
