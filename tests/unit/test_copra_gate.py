@@ -315,3 +315,32 @@ def test_a_base_whose_weights_are_no_float_matrix_is_gated_too() -> None:
         assert torch.equal(model(**batch(0)).logits, quantised)
         optimizer = loop(model, 4, gate)
     assert optimizer.state
+
+
+def test_the_tensor_mode_is_compiled_once_for_all_masks() -> None:
+    """With flags every mask would be a graph of its own; with tensors one graph serves them all. Without the code generator, for speed."""
+    counts = {}
+    for tensor in (True, False):
+        torch._dynamo.reset()
+        graphs: list[int] = []
+
+        def backend(graph: Any, example: Any, graphs: list[int] = graphs) -> Any:
+            graphs.append(1)
+            return graph.forward
+
+        model = adapted()
+        layer = model.get_base_model().model.layers[1].self_attn.q_proj
+        x = torch.randn(2, 5, layer.in_features)
+        found = []
+        with copra_gate(model, 12, p0=0.5, schedule="constant", seed=2, groups="module", tensor=tensor) as gate:
+            compiled = torch.compile(lambda given, layer=layer: layer(given), backend=backend)
+            for step in range(6):
+                with gate.step() as mask:
+                    found.append(compiled(x).detach())
+                    del mask
+                del step
+        counts[tensor] = len(graphs)
+        assert len({tuple(value.flatten()[:3].tolist()) for value in found}) == 1  # B is 0: on and off agree, but not their graphs
+    torch._dynamo.reset()
+    assert counts[True] == 1
+    assert counts[False] > 1
