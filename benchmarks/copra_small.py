@@ -37,7 +37,7 @@ WAYS: dict[str, Any] = {
     "stochastic depth": CopraConfig(strategy="stochastic-depth"),
 }
 MAIN = ("plain", "copra")
-SHORTER = (*MAIN, "constant", "dropout", "progressive dropout", "stochastic depth")
+SHORTER = (*MAIN, "copra p0=0", "copra exp", "copra sine", "constant", "dropout", "progressive dropout", "stochastic depth")
 TASK, OTHERS = "recoloured", ("turned", "inverted")
 STEPS, SHORT, BATCH = 800, 400, 40  # main comparison; strategies, tasks, clients (half of it) and rates
 PRUNING = ("everyother", "low", "middle", "high")
