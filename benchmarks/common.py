@@ -100,12 +100,14 @@ def write_result(
     relations: Sequence[Mapping[str, Any]] = (),
     timings: Sequence[Mapping[str, Any]] = (),
     real: Sequence[Mapping[str, Any]] = (),
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Write one benchmark's result atomically and return it.
 
     relations: `{"id", "claim", "values", "interval", "holds"}`, ids as in the method's page, `interval` a pair or None, `holds` a bool;
     timings: `{"task", "ours_s", "peer", "peer_s", "ratio"}` (seconds; `ratio` = peer / ours, larger is faster for us) and optionally
-    `ratio_low`, `ratio_high`, `repeats`; real: rows of any equal keys, measured on real models. Raises ValueError for anything else.
+    `ratio_low`, `ratio_high`, `repeats`; real: rows of any equal keys, measured on real models; tables: more of such rows, by their title.
+    Raises ValueError for anything else.
     """
     for row in relations:
         _require(row, RELATION, "relation")
@@ -129,6 +131,7 @@ def write_result(
         "relations": list(relations),
         "timings": list(timings),
         "real": list(real),
+        **({"tables": {title: list(rows) for title, rows in tables.items()}} if tables else {}),
     }
     plain = _plain(result)
     write_json(path, plain)

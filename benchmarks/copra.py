@@ -16,12 +16,34 @@ from typing import Any
 import numpy as np
 import torch
 from common import ROOT, arguments, mean_interval, write_result
-from copra_small import LORA, MAIN, OTHERS, QUICK, RATES, SHARES, SHORTER, TASK, Bench, Sizes, clients, merged_tasks, same_task, single
+from copra_small import (
+    CLIENTS,
+    LORA,
+    MAIN,
+    OTHERS,
+    PRUNING,
+    QUICK,
+    RATES,
+    SHARES,
+    SHORTER,
+    TASK,
+    Bench,
+    Sizes,
+    clients,
+    merged_tasks,
+    same_task,
+    single,
+)
 
 from trocar.core.workspace import Workspace
 
 BASES = [f"{kind}:{seed}" for kind in ("cifar", "pacs", "world") for seed in range(3)]
 WORLD_STEPS = 100
+NAMES = {
+    "alone": "one seed alone", "fusion": "two seeds fused at .5", "triples": "three seeds fused", "mixture": "two seeds mixed",
+    "aligned": "two seeds aligned, fused", "spread": "spread of Shapley shares", "active": "mean activation",
+    "mismatch": "mismatch of the fusion, of its norm", **{way: f"pruned: {way}" for way in ("everyother", "low", "middle", "high")},
+}  # fmt: skip
 
 
 def collect(base: str, work: Workspace, sizes: Sizes) -> dict[str, Any]:
@@ -159,37 +181,52 @@ def _area(curves: Sequence[Sequence[float]]) -> float:
     return float(np.mean([np.mean(curve) for curve in curves]))
 
 
-def table(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means per kind of base and way of training, with the smallest and largest base."""
-    rows = []
+def tables(found: dict[str, dict[str, Any]], sizes: Sizes) -> dict[str, list[dict[str, Any]]]:
+    """Means over the bases of a kind, with the smallest and largest base."""
+    made: dict[str, list[dict[str, Any]]] = {}
+    keys = ["alone", "fusion", "triples", "barrier", "mixture", "aligned", *PRUNING]
+    keys += [*(f"keep {role}" for role in LORA.targets), *(f"zeros {share}" for share in SHARES), "spread", "active", "mismatch"]
+    steps = {"same": {"cifar": sizes.steps, "pacs": sizes.short, "world": min(WORLD_STEPS, sizes.short)}, "shorter": {"cifar": sizes.short}}
     for kind in ("cifar", "pacs", "world"):
         bases = [data for base, data in found.items() if base.startswith(kind)]
-        if not bases:
-            continue
         for part in ("same", "shorter"):
-            ways = [way for way in bases[0].get(part, {}) if way != "base"]
-            for way in ways:
-                keys = [
-                    "alone",
-                    "fusion",
-                    "mixture",
-                    "aligned",
-                    "triples",
-                    "barrier",
-                    "everyother",
-                    "low",
-                    "middle",
-                    "high",
-                    "spread",
-                    "active",
-                ]
-                keys += [f"keep {role}" for role in LORA.targets] + [f"zeros {share}" for share in SHARES]
-                row: dict[str, Any] = {"bases": kind, "trained": way}
-                for key in keys:
-                    values = [_mean(data[part][way][key]) for data in bases if data[part][way].get(key)]
-                    row[key] = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
-                rows.append(row)
-    return rows
+            if not bases or part not in bases[0]:
+                continue
+            ways = [way for way in bases[0][part] if way != "base"]
+            rows = []
+            for key in keys:
+                row = {way: _over([_mean(data[part][way][key]) for data in bases if data[part][way].get(key)]) for way in ways}
+                if any(row.values()):
+                    rows.append({"measured": NAMES.get(key, key), **row})
+            base = _over([data[part]["base"] for data in bases])
+            made[f"{kind}, {steps[part][kind]} steps; the base alone is right on {base}"] = rows
+        if bases and "tasks" in bases[0]:
+            made[f"{kind}: three tasks in one adapter"] = [
+                {"merged by": how, **{way: _over([_merged(data["tasks"][way][how]) for data in bases]) for way in MAIN}}
+                for how in ("own", "fusion", "mixture", "sum", "lego")
+            ]
+        if bases and "clients" in bases[0]:
+            made[f"{kind}: {CLIENTS} clients with uneven classes"] = [
+                {
+                    "trained": name,
+                    "a client alone": _over([_mean(data["clients"][name]["clients"]) for data in bases]),
+                    "server's average": _over([data["clients"][name]["server"] for data in bases]),
+                }
+                for name in bases[0]["clients"]
+                if name != "rows"
+            ]
+            made[f"{kind}: learning rates, {sizes.short} steps"] = [
+                {"rate": rate, **{way: _over([data["rates"][rate][way] for data in bases]) for way in MAIN}} for rate in bases[0]["rates"]
+            ]
+    return made
+
+
+def _merged(by_task: dict[str, float]) -> float:
+    return _mean(list(by_task.values()))
+
+
+def _over(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
 
 
 def main() -> None:
@@ -212,7 +249,9 @@ def main() -> None:
         "data": "real photographs (CIFAR-100, PACS) under documented shifts; synthetic text for the worlds",
         "details": found,
     }  # fmt: skip
-    write_result(options.out, "copra", sorted({int(base.split(":")[1]) for base in bases}), settings, relations(found), (), table(found))
+    write_result(
+        options.out, "copra", sorted({int(base.split(":")[1]) for base in bases}), settings, relations(found), tables=tables(found, sizes)
+    )
 
 
 if __name__ == "__main__":

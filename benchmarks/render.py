@@ -107,6 +107,9 @@ def _section(result: Mapping[str, Any]) -> str:
     if result["real"]:
         parts.append("### On real models\n")
         parts.append(_table(result["real"]))
+    for title, rows in result.get("tables", {}).items():
+        parts.append(f"### {title}\n")
+        parts.append(_table(rows))
     if result["settings"]:
         parts.append("<details><summary>Settings</summary>\n")
         parts.append(_table([{"setting": key, "value": _values(value)} for key, value in result["settings"].items()]))
