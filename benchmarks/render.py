@@ -24,6 +24,9 @@ did. Intervals are 95 %. A ratio is the peer's seconds over ours, measured in tu
 """
 
 
+FIRST = ("measured", "merged by", "model", "task", "game", "three tasks by", "trained", "way", "estimator", "rate", "direction", "edit")
+
+
 def render(results: Sequence[Mapping[str, Any]]) -> str:
     """The page for the given results, in the order given."""
     parts = [INTRODUCTION]
@@ -122,8 +125,9 @@ def _rest(row: Mapping[str, Any], shown: set[str]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table; the columns are the union of the rows' keys in order of appearance."""
+    """A Markdown table; the columns are the union of the rows' keys, those of FIRST before the others (files are written with sorted keys)."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns.sort(key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
