@@ -109,10 +109,10 @@ def _section(result: Mapping[str, Any]) -> str:
         )
     if result["real"]:
         parts.append("### On real models\n")
-        parts.append(_table(result["real"]))
+        parts.append(_table(result["real"], subject=True))
     for title, rows in result.get("tables", {}).items():
         parts.append(f"### {title}\n")
-        parts.append(_table(rows))
+        parts.append(_table(rows, subject=True))
     if result["settings"]:
         parts.append("<details><summary>Settings</summary>\n")
         parts.append(_table([{"setting": key, "value": _values(value)} for key, value in result["settings"].items()]))
@@ -124,10 +124,14 @@ def _rest(row: Mapping[str, Any], shown: set[str]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in shown}
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table; the columns are the union of the rows' keys, those of FIRST before the others (files are written with sorted keys)."""
+def _table(rows: Sequence[Mapping[str, Any]], subject: bool = False) -> str:
+    """A Markdown table; the columns are the union of the rows' keys in order of appearance.
+
+    subject: those of FIRST before the others, since files have sorted keys.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns.sort(key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
+    if subject:
+        columns.sort(key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
