@@ -36,7 +36,7 @@ def build(parts: Sequence[Factors], rank: int, seed: int) -> tuple[Factors, dict
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an empty cluster: its centre is a unit, and has no members
             # in coordinates of the units' own span, where distances are the same and vectors as short as there are units
-            _, label = kmeans2(np.linalg.qr(kept.T, mode="r").T, rank, minit="++", rng=np.random.default_rng(seed))
+            _, label = kmeans2(np.asarray(np.linalg.qr(kept.T, mode="r")).T, rank, minit="++", rng=np.random.default_rng(seed))
         used = np.unique(label)
         centres, label = np.array([kept[label == one].mean(0) for one in used]), np.searchsorted(used, label)
     sizes = np.linalg.norm(kept, axis=1)
