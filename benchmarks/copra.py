@@ -42,7 +42,7 @@ WORLD_STEPS = 100
 NAMES = {
     "alone": "one seed alone", "fusion": "two seeds fused at .5", "triples": "three seeds fused", "mixture": "two seeds mixed",
     "aligned": "two seeds aligned, fused", "spread": "spread of Shapley shares", "active": "mean activation",
-    "mismatch": "mismatch of the fusion, of its norm", **{way: f"pruned: {way}" for way in ("everyother", "low", "middle", "high")},
+    "mismatch": "mismatch of the fusion, of its norm", **{way: f"pruned: {way}" for way in PRUNING},
 }  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def relations(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             return {base: _mean(data["same"]["copra"][key]) - _mean(data["same"]["plain"][key]) for base, data in bases.items()}
 
         made.append(relation(f"R1 {kind}", "two seeds fused at .5: CopRA is right more often", gain("fusion")))
-        for way in ("everyother", "low", "high"):
+        for way in PRUNING:
             made.append(relation(f"R2 {kind} {way}", f"pruned ({way}): CopRA is right more often", gain(way)))
         made.append(
             relation(f"R3 {kind}", "Shapley shares are more level with CopRA (difference of their spread)", gain("spread"), lambda v: v < 0)

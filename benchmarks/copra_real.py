@@ -35,7 +35,7 @@ MODEL = "smollm2-135m-instruct"
 RECIPES: dict[str, Any] = {"plain": "plain", "copra": CopraConfig()}
 LORA = LoraSettings(rank=8, alpha=16, targets=("q", "k", "v"))
 TRAIN = TrainSettings(steps=160, batch=16, lr=1e-3, checkpoint_steps=40)
-PRUNING = ("everyother", "low", "high")
+PRUNING = ("everyother", "otherhalf", "low", "high")
 PROBE, ORDERS, POINTS = 24, 4, 11
 MERGES: Mapping[str, Any] = {
     "fusion": lambda adapters: fusion(adapters).adapter,

@@ -40,7 +40,7 @@ MAIN = ("plain", "copra")
 SHORTER = (*MAIN, "copra p0=0", "copra exp", "copra sine", "constant", "dropout", "progressive dropout", "stochastic depth")
 TASK, OTHERS = "recoloured", ("turned", "inverted")
 STEPS, SHORT, BATCH = 800, 400, 40  # main comparison; strategies, tasks, clients (half of it) and rates
-PRUNING = ("everyother", "low", "middle", "high")
+PRUNING = ("everyother", "otherhalf", "low", "middle", "high")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 RATES = (1e-2, 3e-2)
 CLIENTS = 3

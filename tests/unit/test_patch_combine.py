@@ -196,7 +196,7 @@ def test_lego_puts_units_together() -> None:
 def test_pruned_modules_are_the_base_again() -> None:
     model = tiny_model("llama").double()
     inputs, adapter = tiny_inputs(model), random_adapter(1)
-    for keep, blocks in (("everyother", [0, 2]), ("low", [0]), ("middle", [1]), ("high", [2]), (["L1", "L2"], [1, 2])):
+    for keep, blocks in (("everyother", [0, 2]), ("otherhalf", [1]), ("low", [0]), ("middle", [1]), ("high", [2]), (["L1", "L2"], [1, 2])):
         found = prune(adapter, keep).adapter
         assert {int(name.split(".")[2]) for name in found.factors} == set(blocks)
         by_hand = Adapter({name: factors for name, factors in adapter.factors.items() if int(name.split(".")[2]) in blocks})

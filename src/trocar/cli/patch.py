@@ -154,7 +154,9 @@ def combine(
 @app.command()
 def prune(
     adapter: Annotated[Path, typer.Argument(help="A PEFT folder, or a patch that holds an adapter.", show_default=False)],
-    keep: Annotated[str, typer.Option(help="everyother, low, middle, high (blocks), or groups by name, as in L0,L2.", show_default=False)],
+    keep: Annotated[
+        str, typer.Option(help="everyother, otherhalf, low, middle, high (blocks), or groups by name, as in L0,L2.", show_default=False)
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="PEFT folder to write; a patch if it ends in .safetensors.", show_default=False)
     ],

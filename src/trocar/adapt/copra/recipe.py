@@ -46,7 +46,7 @@ class RecipeConfig(Config):
     copra: CopraConfig = CopraConfig()
     compare: tuple[Literal["plain"], ...] = ("plain",)
     seeds: int = pydantic.Field(default=2, ge=1)
-    prune: tuple[str, ...] = ("everyother", "low", "middle", "high")
+    prune: tuple[str, ...] = ("everyother", "otherhalf", "low", "middle", "high")
     shapley: Literal["auto", "exact", "multilinear", "permutation", "none"] = "auto"
     orders: int = pydantic.Field(default=16, ge=2)
     probe: int = pydantic.Field(default=200, ge=1)

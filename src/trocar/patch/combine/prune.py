@@ -14,14 +14,14 @@ from trocar.core.errors import ConfigError, nearest
 from trocar.patch.combine.algebra import WORK, Combined, Source, factors_of, report, shapes_of
 from trocar.patch.ops.adapter import Adapter, Factors
 
-WAYS = ("everyother", "low", "middle", "high")
+WAYS = ("everyother", "otherhalf", "low", "middle", "high")
 
 
 def prune(adapter: Source, keep: str | Sequence[str], *, by: By = "block", anatomy: Any = None) -> Combined:
     """Keep some groups of an adapter's modules and remove the others, which are then what they were before the adapter.
 
-    keep: `everyother` (blocks 0, 2, 4, ... of each tower), `low`, `middle` or `high` (a third of the blocks), or names of groups. by: the
-    groups, see `trocar.anatomy.module_groups`; anatomy: of the model, for components' names (without it blocks are counted from the
+    keep: `everyother` (blocks 0, 2, 4, ... of each tower), `otherhalf` (1, 3, 5, ...: the papers do not say which half they keep, and it
+    matters), `low`, `middle` or `high` (a third of the blocks), or names of groups. by: the groups, see `trocar.anatomy.module_groups`; anatomy: of the model, for components' names (without it blocks are counted from the
     modules' names). Rows say which module was kept, and its norm. Raises ConfigError for unknown groups, or if nothing is left.
     """
     groups = module_groups(shapes_of(adapter), by, anatomy)
@@ -45,8 +45,8 @@ def _named(groups: Sequence[str], keep: str) -> list[str]:
     towers: dict[str, list[str]] = {}
     for name in groups:
         towers.setdefault(name.rpartition(".")[0], []).append(name)
-    if keep == "everyother":
-        return [name for members in towers.values() for name in members[::2]]
+    if keep in ("everyother", "otherhalf"):
+        return [name for members in towers.values() for name in members[keep == "otherhalf" :: 2]]
     return [name for members in towers.values() for name in np.array_split(members, 3)[("low", "middle", "high").index(keep)]]
 
 
