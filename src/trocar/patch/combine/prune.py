@@ -21,8 +21,9 @@ def prune(adapter: Source, keep: str | Sequence[str], *, by: By = "block", anato
     """Keep some groups of an adapter's modules and remove the others, which are then what they were before the adapter.
 
     keep: `everyother` (blocks 0, 2, 4, ... of each tower), `otherhalf` (1, 3, 5, ...: the papers do not say which half they keep, and it
-    matters), `low`, `middle` or `high` (a third of the blocks), or names of groups. by: the groups, see `trocar.anatomy.module_groups`; anatomy: of the model, for components' names (without it blocks are counted from the
-    modules' names). Rows say which module was kept, and its norm. Raises ConfigError for unknown groups, or if nothing is left.
+    matters), `low`, `middle` or `high` (a third of the blocks), or names of groups. by: the groups, see `trocar.anatomy.module_groups`;
+    anatomy: of the model, for components' names (without it blocks are counted from the modules' names). Rows say which module was kept,
+    and its norm. Raises ConfigError for unknown groups, or if nothing is left.
     """
     groups = module_groups(shapes_of(adapter), by, anatomy)
     kept = _named(list(groups), keep) if isinstance(keep, str) else list(keep)
