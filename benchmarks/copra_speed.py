@@ -27,7 +27,7 @@ from trocar.fitting import fit_stream
 from trocar.patch import wrapped
 from trocar.recipe import load_model
 
-PAIRS, QUICK_PAIRS = 5, 2
+PAIRS, QUICK_PAIRS = 4, 2
 # model -> (steps, rows, columns of a text)
 RUNS = {"lab ViT": (100, 40, 0), "lab decoder": (100, 32, 12), "SmolLM2-135M": (24, 8, 16)}
 KINDS: dict[str, dict[str, Any]] = {"LoRA": {}, "DoRA": {"use_dora": True}}
