@@ -29,15 +29,13 @@ WAYS: dict[str, Any] = {
     "plain": "plain",
     "copra": CopraConfig(),
     "copra p0=0": CopraConfig(p0=0.0),
-    "copra exp": CopraConfig(schedule="exp"),
-    "copra sine": CopraConfig(schedule="sine"),
     "constant": CopraConfig(p0=0.5, schedule="constant"),
     "dropout": "plain",  # LoRA's own dropout of the adapters' inputs, .25
     "progressive dropout": CopraConfig(strategy="progressive-dropout"),
     "stochastic depth": CopraConfig(strategy="stochastic-depth"),
 }
 MAIN = ("plain", "copra")
-SHORTER = (*MAIN, "copra p0=0", "copra exp", "copra sine", "constant", "dropout", "progressive dropout", "stochastic depth")
+SHORTER = (*MAIN, "copra p0=0", "constant", "dropout", "progressive dropout", "stochastic depth")
 TASK, OTHERS = "recoloured", ("turned", "inverted")
 STEPS, SHORT, BATCH = 800, 400, 40  # main comparison; strategies, tasks, clients (half of it) and rates
 PRUNING = ("everyother", "otherhalf", "low", "middle", "high")

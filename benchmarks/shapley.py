@@ -105,7 +105,7 @@ def main() -> None:
     options = arguments("shapley", __doc__ or "")
     os.environ.setdefault("TROCAR_PROGRESS", "0")
     torch.set_num_threads(1)
-    repeats, blocks = (2, 8) if options.quick else (5, 12)
+    repeats, blocks = (2, 8) if options.quick else (3, 12)
     games = {"lab ViT, 200 pictures": vit(200), f"decoder of {blocks} blocks, 4 rows": decoder(blocks, 4)}
     timings = [compare(name, *parts, repeats) for name, parts in games.items()]
     real = [row for name, parts in games.items() for row in errors(name, *parts)]
