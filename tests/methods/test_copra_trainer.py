@@ -130,6 +130,9 @@ def test_settings_of_distributed_runs() -> None:
     _check_distributed(SimpleNamespace(**{**vars(two), "ddp_find_unused_parameters": None}), model)
     with pytest.warns(UserWarning, match="flat pieces"):
         _check_distributed(SimpleNamespace(**{**vars(two), "fsdp": ["full_shard"]}), model)
+    with pytest.raises(ConfigError, match="torchrun"):  # two GPUs in one process: DataParallel
+        _check_distributed(SimpleNamespace(**{**vars(alone), "n_gpu": 2}), model)
+    _check_distributed(SimpleNamespace(**{**vars(alone), "n_gpu": 2}), SimpleNamespace(is_loaded_in_4bit=True))
 
 
 def test_two_processes_draw_the_same_masks_and_end_with_equal_weights(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from trocar.adapt.copra import CopraConfig, copra_gate, keep_probability
+from trocar.adapt.copra import CopraConfig, copra_gate, keep_probability, schedule
 from trocar.adapt.copra.schedule import draw, expected_on, probabilities
 from trocar.core.errors import ConfigError, UnsupportedModelError
 
@@ -82,6 +82,27 @@ def test_draws_are_independent_but_for_the_rule_that_one_is_on() -> None:
     assert (alone.sum(1) == 1).all()
     assert stats.chisquare(alone.sum(0)).pvalue > 1e-4
     assert np.array_equal(draw(7, np.full(4, 0.5), 3), draw(7, np.full(4, 0.5), 3))
+
+
+def test_the_same_law_where_almost_every_draw_is_empty() -> None:
+    keep, n = np.array([1e-9, 3e-9, 0.0, 4e-9]), 600
+    masks = np.array([draw(step, keep, seed=5) for step in range(n)])
+    assert (masks.sum(1) == 1).all()
+    assert not masks[:, 2].any()
+    assert stats.chisquare(masks.sum(0)[[0, 1, 3]], np.array([1, 3, 4]) / 8 * n).pvalue > 1e-4
+    assert expected_on(keep) == pytest.approx([1 / 8, 3 / 8, 0, 1 / 2])
+    assert expected_on(np.full(4, 1e-30)) == pytest.approx([0.25] * 4)
+    assert expected_on(np.array([1.0, 0.25])).tolist() == [1, 0.25]
+
+
+def test_behind_the_first_group_that_is_on_the_direct_draw_is_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "REDRAWS", 0)
+    keep, n = np.array([0.2, 0.6, 0.4]), 4000
+    masks = np.array([draw(step, keep, seed=5) for step in range(n)])
+    codes = list(itertools.product((False, True), repeat=3))[1:]
+    law = np.array([np.where(code, keep, 1 - keep).prod() for code in codes])
+    seen = [int((masks == code).all(1).sum()) for code in codes]
+    assert stats.chisquare(seen, law / law.sum() * n).pvalue > 1e-4
 
 
 def test_mean_activation_is_what_the_redraw_rule_gives() -> None:
@@ -241,6 +262,7 @@ def test_baselines_under_the_same_control() -> None:
             assert layer.lora_dropout["default"].p == pytest.approx(0.9)
         with gate.step(7):
             assert layer.lora_dropout["default"].p == 0
+        assert gate.expected().tolist() == [8, 8, 8]  # elements are dropped, never a group
     assert layer.lora_dropout["default"].p == 0.1
     tilted = [probabilities(10, 40, 3, CopraConfig(tilt=tilt)) for tilt in ("high", "low")]  # type: ignore[arg-type]
     assert tilted[0][0] > tilted[0][1] > tilted[0][2]
@@ -260,6 +282,23 @@ def test_nothing_stays_on_the_model() -> None:
     del forgotten, gate
     gc.collect()
     assert not any("forward" in module.__dict__ or module._forward_hooks for module in modules)
+
+
+def test_a_step_that_fails_leaves_nothing_to_the_next() -> None:
+    model = adapted()
+    with copra_gate(model, 8, p0=0.5, seed=2) as gate:
+        first = gate.drawn(0)
+        assert not first.all()
+        with pytest.raises(ZeroDivisionError), gate.step():
+            raise ZeroDivisionError
+        assert gate._switches.levels is None
+        assert (gate.t, gate.counts.sum()) == (0, 0)
+        with gate.step() as again:
+            assert (again == first).all()
+        gate.begin(1)  # a step that never ends, as a Trainer's that was interrupted
+        with gate.step(7) as mask:
+            assert mask.all()
+            assert gate._switches.levels is None
 
 
 def test_what_the_gate_refuses_and_warns_of() -> None:

@@ -108,3 +108,9 @@ def _check_distributed(args: Any, model: Any) -> None:
             raise ConfigError(
                 "Adapters that are off have no gradients, and DDP would wait for them.", "Set ddp_find_unused_parameters=True."
             )
+    elif getattr(args, "n_gpu", 1) > 1 and not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+        # the Trainer would wrap the model in DataParallel
+        raise ConfigError(
+            "DataParallel copies the model for every GPU, and the copies cannot be switched.",
+            "Start with torchrun or accelerate launch, or show the process one GPU (CUDA_VISIBLE_DEVICES=0).",
+        )

@@ -121,20 +121,25 @@ class CopraGate:
 
     def drawn(self, step: int) -> np.ndarray:
         """The mask of any step, past or to come, (groups,) bool."""
-        if self.config.strategy == "progressive-dropout":
-            return np.ones(len(self.names), dtype=bool)
         return draw(step, probabilities(step, self.total_steps, len(self.names), self.config, self.shape), self.seed)
 
     @contextmanager
     def step(self, step: int | None = None) -> Iterator[np.ndarray]:
-        """One optimiser step: forward and backward passes of all its micro-batches belong inside. step: its number, by default the next."""
-        yield self.begin(self.t if step is None else step)
-        self.end()
+        """One optimiser step: forward and backward passes of all its micro-batches belong inside. step: its number, by default the next.
+
+        A step that ends in an error is not counted, and can be done again with the same mask.
+        """
+        try:
+            yield self.begin(self.t if step is None else step)
+            self.end()
+        finally:
+            self._all_on()
 
     def begin(self, step: int) -> np.ndarray:
         """Draw and set the mask of a step; the second half of `step` is `end`."""
         if self._end is None:
             raise ConfigError("The gate is not on the model.", "Use it as a context: with copra_gate(...) as gate.")
+        self._all_on()  # whatever a step that failed has left
         self.t, self.mask = step, self.drawn(step)
         if self.config.strategy == "progressive-dropout":
             for module in self._modules():
@@ -149,8 +154,12 @@ class CopraGate:
             return
         self.clear_gradients()
         self.counts += self.mask
+        self.t += 1
+        self._all_on()
+
+    def _all_on(self) -> None:
         self._switches.set(None)
-        self.mask, self.t = None, self.t + 1
+        self.mask = None
 
     def clear_gradients(self) -> None:
         """Set the gradients of groups that are off to None: a framework may have filled them with zeros, by which an optimiser would

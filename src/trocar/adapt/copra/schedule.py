@@ -13,6 +13,7 @@ from trocar.core.errors import ConfigError
 from trocar.core.seeds import derive
 
 Shape = Callable[[float], float]
+REDRAWS = 1000  # whole masks drawn before the rule's law is sampled directly
 SHAPES: dict[str, Shape] = {
     "linear": lambda x: x,
     "exp": lambda x: math.expm1(x) / math.expm1(1),
@@ -47,6 +48,8 @@ def check_shape(shape: Shape | None) -> None:
 
 def probabilities(step: int, total: int, groups: int, config: CopraConfig, shape: Shape | None = None) -> np.ndarray:
     """The probability of each group, before the rule that at least one is on; (groups,)."""
+    if config.strategy == "progressive-dropout":  # elements drop, groups never
+        return np.ones(groups)
     depth = np.linspace(0, 1, groups) if groups > 1 else np.full(1, 0.5)
     if config.strategy == "stochastic-depth":
         return 1 - config.depth_rate * depth
@@ -59,19 +62,26 @@ def probabilities(step: int, total: int, groups: int, config: CopraConfig, shape
 def draw(step: int, keep: np.ndarray, seed: int) -> np.ndarray:
     """Which groups are on at this step, (groups,) bool: independent, drawn anew as a whole until one is on; a stream of its own per step.
 
-    With all probabilities 0 that would never end: then one group is on, each as likely (what the rule tends to).
+    With tiny probabilities that would take for ever: after `REDRAWS` empty masks the same law is drawn directly, first which group is the
+    first to be on, then the groups behind it. With all probabilities 0 one group is on, each as likely (what the rule tends to).
     """
     random = np.random.default_rng(derive(seed, "copra", step))
     if not keep.any():
         return np.arange(len(keep)) == random.integers(len(keep))
-    while True:
+    for _ in range(REDRAWS):
         mask = random.random(len(keep)) < keep
         if mask.any():
             return mask
+    first = keep * np.cumprod(np.concatenate([[1.0], 1 - keep[:-1]]))
+    start = random.choice(len(keep), p=first / first.sum())
+    place = np.arange(len(keep))
+    return (place == start) | ((place > start) & (random.random(len(keep)) < keep))
 
 
 def expected_on(keep: np.ndarray) -> np.ndarray:
     """The probability that each group is on, with the rule that at least one is: p / (1 - product of (1 - p)); (groups,)."""
     if not keep.any():
         return np.full(len(keep), 1 / len(keep))
-    return keep / (1 - np.prod(1 - keep))
+    with np.errstate(divide="ignore"):  # log of 0 where a group is always on
+        some = -np.expm1(np.log1p(-keep).sum())  # exact also for tiny probabilities
+    return keep / some
