@@ -86,6 +86,7 @@ class CopraGate:
         start = initial_factors(model, adapter) if initial is None else initial
         self._switches = AdapterSwitches(self.groups, adapter, start, not config.partial_evaluation, config.tensor)
         self._dropouts: list[tuple[Any, Any]] = []
+        self._parameters: list[list[torch.nn.Parameter]] = []  # of each group, found once and not in every step
         self._end = None
 
     def __enter__(self) -> CopraGate:
@@ -99,6 +100,9 @@ class CopraGate:
         """Put the switches on the model. They come off with `detach`, and at the latest when the gate is forgotten."""
         if self._end is None:
             self._switches.__enter__()
+            self._parameters = [
+                [one for module in members.values() for one in _own(module, self.adapter)] for members in self.groups.values()
+            ]
             self._end = weakref.finalize(self, self._switches.__exit__)
             if self.config.strategy == "progressive-dropout":
                 for module in self._modules():
@@ -111,6 +115,7 @@ class CopraGate:
         for owner, before in self._dropouts:
             owner[self.adapter] = before
         self._dropouts.clear()
+        self._parameters.clear()
         if self._end is not None:
             self._end()
             self._end = None
@@ -165,11 +170,10 @@ class CopraGate:
         """Set the gradients of groups that are off to None: a framework may have filled them with zeros, by which an optimiser would
         still move its moments and decay the weights."""
         if self.mask is not None and not self.config.tensor:
-            for members, on in zip(self.groups.values(), self.mask, strict=True):
+            for parameters, on in zip(self._parameters, self.mask, strict=True):
                 if not on:
-                    for module in members.values():
-                        for parameter in _own(module, self.adapter):
-                            parameter.grad = None
+                    for parameter in parameters:
+                        parameter.grad = None
 
     def expected(self, steps: int | None = None) -> np.ndarray:
         """How often each group is on in the first `steps` steps (default: all), in expectation; (groups,)."""
