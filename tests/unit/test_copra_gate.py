@@ -84,7 +84,9 @@ def test_draws_are_independent_but_for_the_rule_that_one_is_on() -> None:
     assert np.array_equal(draw(7, np.full(4, 0.5), 3), draw(7, np.full(4, 0.5), 3))
 
 
-def test_the_same_law_where_almost_every_draw_is_empty() -> None:
+def test_the_same_law_where_almost_every_draw_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert draw(0, np.full(4, 1e-9), seed=5).sum() == 1  # and does not take for ever
+    monkeypatch.setattr(schedule, "REDRAWS", 10)
     keep, n = np.array([1e-9, 3e-9, 0.0, 4e-9]), 600
     masks = np.array([draw(step, keep, seed=5) for step in range(n)])
     assert (masks.sum(1) == 1).all()
