@@ -322,6 +322,8 @@ def test_what_the_gate_refuses_and_warns_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         copra_gate(model, 4, groups="role")
+    with pytest.warns(UserWarning, match="no switch turns off"):
+        copra_gate(adapted(bias="lora_only"), 4)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(UnsupportedModelError, match="is_trainable"):

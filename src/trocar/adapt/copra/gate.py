@@ -83,6 +83,9 @@ class CopraGate:
         _refuse_frozen(self.groups, adapter)
         if len(self.names) == 1:
             warnings.warn("All adapters are one group, which is always on: this is plain LoRA. Choose other groups.", stacklevel=3)
+        bias = getattr(getattr(model, "peft_config", {}).get(adapter), "bias", "none")
+        if bias != "none":
+            warnings.warn(f"The adapter trains biases of the base (bias='{bias}'), which no switch turns off.", stacklevel=3)
         start = initial_factors(model, adapter) if initial is None else initial
         self._switches = AdapterSwitches(self.groups, adapter, start, not config.partial_evaluation, config.tensor)
         self._dropouts: list[tuple[Any, Any]] = []
