@@ -27,7 +27,7 @@ from trocar.fitting import fit_stream
 from trocar.patch import wrapped
 from trocar.recipe import load_model
 
-PAIRS, QUICK_PAIRS = 4, 2
+PAIRS, QUICK_PAIRS = 3, 2
 # model -> (steps, rows, columns of a text)
 RUNS = {"lab ViT": (100, 40, 0), "lab decoder": (100, 32, 12), "SmolLM2-135M": (24, 8, 16)}
 KINDS: dict[str, dict[str, Any]] = {"LoRA": {}, "DoRA": {"use_dora": True}}
@@ -107,7 +107,7 @@ def main() -> None:
         for kind, roles in (("LoRA", "q, k, v"), ("LoRA", "all"), ("DoRA", "q, k, v"), ("DoRA", "all")):
             if name == "SmolLM2-135M" and (kind, roles) == ("DoRA", "all"):
                 continue  # minutes a run, and nothing that the others do not say
-            rows.append(compare(name, model, kind, roles, pairs if columns != 16 else min(3, pairs), steps, batch, columns))
+            rows.append(compare(name, model, kind, roles, pairs if columns != 16 else min(2, pairs), steps, batch, columns))
             print(rows[-1]["task"], f"CopRA takes {1 / rows[-1]['ratio']:.3f} of plain", flush=True)
     limit = 0.92
     shares = {row["task"]: 1 / row["ratio"] for row in rows}
