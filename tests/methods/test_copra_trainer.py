@@ -111,6 +111,15 @@ def test_other_optimisers_and_kinds_of_adapters_train(tmp_path: Path) -> None:
     assert [set(np.flatnonzero(mask).tolist()) for mask in gate_of(callback).history()] == watch.seen
 
 
+def test_mixed_precision_is_the_trainers(tmp_path: Path) -> None:
+    model, callback, watch = adapted(), CopraCallback(p0=0.0, seed=1), Watch()
+    before = factors(model)
+    trainer(model, tmp_path, [callback, watch], steps=6, bf16=True).train()
+    assert [set(np.flatnonzero(mask).tolist()) for mask in gate_of(callback).history()] == watch.seen
+    assert {value.dtype for value in factors(model).values()} == {torch.float32}
+    assert any(not torch.equal(value, before[name]) for name, value in factors(model).items())
+
+
 def test_a_run_that_ends_before_all_are_on_is_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="ended at step 2, before step 6"):
         trainer(adapted(), tmp_path, [CopraCallback(), StopAfter(2)]).train()
