@@ -139,13 +139,21 @@ def _cifar(bases: dict[str, Any]) -> list[dict[str, Any]]:
     def same(way: str, key: str) -> Callable[[Any], float]:
         return lambda data: _mean(data["same"][way][key])
 
+    def shorter(key: str, way: str = "copra", other: str = "plain") -> Callable[[Any], float]:
+        return lambda data: _mean(data["shorter"][way][key]) - _mean(data["shorter"][other][key])
+
     made = [
         relation("R1 barrier", "the barrier between two seeds is smaller with CopRA (difference)",
                  of(lambda d: same("copra", "barrier")(d) - same("plain", "barrier")(d)), lambda v: v < 0),
         relation("R1 triples", "three seeds fused 1:1:1: CopRA is right more often",
                  of(lambda d: same("copra", "triples")(d) - same("plain", "triples")(d))),
-        relation("R4 short", "at half the length single-task accuracy is about equal or better",
-                 of(lambda d: _mean(d["shorter"]["copra"]["alone"]) - _mean(d["shorter"]["plain"]["alone"])), lambda v: v > -0.01),
+        relation("R1 short", "at half the length two seeds fused at .5: CopRA is right more often", of(shorter("fusion"))),
+        *(relation(f"R2 short {way}", f"at half the length, pruned ({way}): CopRA is right more often", of(shorter(way)))
+          for way in PRUNING),
+        relation("R3 short", "at half the length Shapley shares are more level with CopRA (difference of their spread)",
+                 of(shorter("spread")), lambda v: v < 0),
+        relation("R4 short", "at half the length single-task accuracy is about equal or better (at most .01 lower)",
+                 of(shorter("alone")), lambda v: v > -0.01),
     ]  # fmt: skip
     for way in MAIN:
         gap = of(lambda d, way=way: same(way, "mixture")(d) - same(way, "alone")(d))
@@ -154,11 +162,17 @@ def _cifar(bases: dict[str, Any]) -> list[dict[str, Any]]:
                 f"R5 {way}", f"the mixture of two seeds loses nothing against one of them ({way}; at most .01)", gap, lambda v: v > -0.01
             )
         )
-    drop = of(lambda d: _mean(d["shorter"]["dropout"]["everyother"]) - _mean(d["shorter"]["copra"]["everyother"]))
-    made.append(relation("R6", "element dropout does not give what CopRA gives to pruning (everyother, difference)", drop, lambda v: v < 0))
-    constant = of(lambda d: _mean(d["shorter"]["constant"]["everyother"]) - _mean(d["shorter"]["plain"]["everyother"]))
-    made.append(relation("R7 pruning", "constant p without a full phase prunes better than plain LoRA (everyother)", constant))
-    whole = of(lambda d: _mean(d["shorter"]["constant"]["alone"]) - _mean(d["shorter"]["copra"]["alone"]))
+    for way in ("everyother", "otherhalf"):  # with the first block and without it
+        drop = of(shorter(way, "dropout", "copra"))
+        claim = f"element dropout does not give what CopRA gives to pruning ({way}, difference)"
+        made.append(relation(f"R6 {way}", claim, drop, lambda v: v < 0))
+        claim = f"constant p without a full phase prunes better than plain LoRA ({way})"
+        made.append(relation(f"R7 pruning {way}", claim, of(shorter(way, "constant"))))
+    made.append(relation("R6 fusion", "element dropout does not give what CopRA gives to the fusion of two seeds (difference)",
+                         of(shorter("fusion", "dropout", "copra")), lambda v: v < 0))  # fmt: skip
+    made.append(relation("R7 fusion", "constant p without a full phase: two seeds fuse better than plain LoRA's",
+                         of(shorter("fusion", "constant"))))  # fmt: skip
+    whole = of(shorter("alone", "constant", "copra"))
     made.append(relation("R7 alone", "and its whole model is worse than CopRA's (difference)", whole, lambda v: v < 0))
     for rate in RATES:
         fall = of(lambda d, rate=rate: d["rates"][f"{rate:g}"]["copra"] - d["rates"][f"{rate:g}"]["plain"])
