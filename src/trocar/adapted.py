@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trocar.anatomy import tensor_fingerprint
+from trocar.anatomy import fingerprint, tensor_fingerprint
 from trocar.core.workspace import Workspace
 from trocar.evaluate import Curve, Task, TaskScores, connectivity
 from trocar.patch import Adapter, attached
@@ -23,6 +23,7 @@ class Measured:
 
     def __init__(self, model: Any, task: Task, work: Workspace, batch_size: int = 64, name: str = "test") -> None:
         self.model, self.task, self.work, self.batch_size, self.name = model, task, work, batch_size, name
+        self.key = {"model": fingerprint(model), "task": task.digest()}
         self.base = self(None, "base")
 
     def __call__(self, adapter: Adapter | None, label: str) -> TaskScores:
@@ -36,7 +37,7 @@ class Measured:
                     found = self.task.measure(outer, self.batch_size)
             return {column: torch.from_numpy(getattr(found, column)) for column in ("right", "score", "first")}
 
-        unit = self.work.tensors(f"{self.name}-{label}", {"adapter": digest(adapter), "rows": len(self.task)}, compute)
+        unit = self.work.tensors(f"{self.name}-{label}", {**self.key, "adapter": digest(adapter)}, compute)
         return TaskScores(**{column: value.numpy() for column, value in unit.items()})
 
     def curve(self, first: Adapter, second: Adapter, label: str, points: int) -> Curve:

@@ -60,6 +60,9 @@ def test_pictures_are_right_where_the_label_is_the_most_probable_class() -> None
     assert found.right.tolist() == [1, 1, 1, 0, 1, 1, 1]
     assert found.accuracy == pytest.approx(6 / 7)
     np.testing.assert_allclose(found.score, logits.log_softmax(-1)[range(7), labels].numpy(), rtol=1e-5)
+    assert task.digest() == Task.of(model, Examples(inputs, bare.ids, labels.clone())).digest()
+    assert task.digest() != Task.of(model, Examples(inputs, bare.ids, (labels + 1) % logits.shape[1])).digest()
+    assert task.digest() != Task.of(model, Examples({"pixel_values": inputs["pixel_values"] + 1}, bare.ids, labels)).digest()
     swept = sweep(model, inputs, [[], Scale("L1.mlp", 0.0)], task.metric, numbers=3)
     np.testing.assert_allclose(swept[0, :, 1].numpy(), found.score, rtol=1e-5)
     change = task_accuracy("accuracy.test", task.unit, found, found, ("base", "base")).summary()

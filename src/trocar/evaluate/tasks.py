@@ -6,6 +6,8 @@ game (`trocar.locate.shapley`) or of a path between two adapters, where the log-
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trocar.anatomy import Anatomy
+from trocar.anatomy import Anatomy, tensor_fingerprint
 from trocar.core.errors import DataError, MetricError
 from trocar.core.progress import track
 from trocar.evaluate.forward import evaluating, place
@@ -73,6 +75,12 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.wanted)
+
+    def digest(self) -> str:
+        """Of the rows and of what is wanted of them: part of the key of whatever is kept of a task."""
+        wanted = self.wanted.tolist() if isinstance(self.wanted, torch.Tensor) else [list(row) for row in self.wanted.tokens]
+        inputs = [f"{name}:{tensor_fingerprint(value)}" for name, value in sorted(self.inputs.items()) if isinstance(value, torch.Tensor)]
+        return hashlib.blake2b(json.dumps([inputs, wanted]).encode(), digest_size=16).hexdigest()
 
     def metric(self, output: Any, rows: torch.Tensor) -> torch.Tensor:
         """right, score and first of the rows of an output, (len(rows), 3): the metric of a `sweep` with `numbers=3`."""

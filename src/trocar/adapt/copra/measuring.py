@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trocar.adapted import Measured, digest
-from trocar.anatomy import Anatomy
+from trocar.anatomy import Anatomy, fingerprint
 from trocar.anatomy.grouping import By, module_groups
 from trocar.core.workspace import Workspace
 from trocar.evaluate import Task, TaskScores
@@ -33,7 +33,15 @@ def worth(
             "empty": found.empty, "evaluations": found.evaluations, "method": found.method, "settings": dict(found.settings),
         }  # fmt: skip
 
-    key = {"adapter": digest(adapter), "rows": len(probe), "by": by, "method": method, "orders": orders, "seed": seed}
+    key = {
+        "model": fingerprint(model),
+        "adapter": digest(adapter),
+        "task": probe.digest(),
+        "by": by,
+        "method": method,
+        "orders": orders,
+        "seed": seed,
+    }
     unit = work.values(f"shapley-{label}", key, compute)
     return Shapley(
         tuple(unit["players"]), np.array(unit["values"]), np.array(unit["errors"]), unit["total"], unit["empty"], unit["evaluations"],
