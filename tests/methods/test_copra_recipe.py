@@ -98,6 +98,8 @@ def test_texts_are_asked_in_a_form_and_some_rows_are_kept_back(tmp_path: Path) -
     assert all(prompt.endswith(" is") for prompt in answers.prompts)
     assert sum(text.startswith(truth) for text, truth in zip(answers.after, answers.truth, strict=True)) > 10
     assert not any(text.startswith(truth) for text, truth in zip(answers.before, answers.truth, strict=True))
+    with pytest.raises(ConfigError, match="orders"):  # before anything is trained, and not when the values are estimated
+        made(tmp_path, model, {"train": bare}, tokenizer, reads="texts", orders=3)
     for wrong, words in (({"form": "no place"}, "needs one {}"), ({"form": "{} {}"}, "needs one {}")):
         with pytest.raises(ConfigError, match=words):
             made(tmp_path, model, {"train": bare}, tokenizer, reads="texts", **wrong)

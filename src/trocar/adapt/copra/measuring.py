@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,17 +67,13 @@ def orders_of_removal(model: Any, adapter: Adapter, found: Shapley | None, by: B
     return {"lowest Shapley value first": sorted(groups, key=values.__getitem__), **ways}
 
 
-def removal(
-    measured: Measured, adapter: Adapter, order: Sequence[str], by: By, label: str, tell: Callable[[int], None] | None = None
-) -> list[float]:
+def removal(measured: Measured, adapter: Adapter, order: Sequence[str], by: By, label: str) -> list[float]:
     """Share of right rows with the first 0, 1, ..., all groups of `order` removed, (groups + 1,)."""
     anatomy, found = Anatomy.of(measured.model), []
     for removed in range(len(order) + 1):
         kept = list(order[removed:])
         left = prune(adapter, kept, by=by, anatomy=anatomy).adapter if kept else None
         found.append(measured(left, f"{label}-{removed}" if kept else "base").accuracy)
-        if tell is not None:
-            tell(removed)
     return found
 
 

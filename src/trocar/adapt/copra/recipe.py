@@ -48,7 +48,7 @@ class RecipeConfig(Config):
     seeds: int = pydantic.Field(default=2, ge=1)
     prune: tuple[str, ...] = ("everyother", "otherhalf", "low", "middle", "high")
     shapley: Literal["auto", "exact", "multilinear", "permutation", "none"] = "auto"
-    orders: int = pydantic.Field(default=16, ge=2)
+    orders: int = pydantic.Field(default=16, ge=4, multiple_of=2)
     probe: int = pydantic.Field(default=200, ge=1)
     points: int = pydantic.Field(default=11, ge=3)
     batch_size: int = pydantic.Field(default=64, ge=1)
@@ -93,7 +93,7 @@ def run(job: Job) -> Outcome:
     scores = {f"shapley-{side.name}": one for side in sides if side.worth is not None for one in _scores(side.worth, how)}
     probes = {} if job.processor is None else {"test": dict(encode(job.model, job.processor, test.column("prompt", "test")[:8]))}
     galleries, transcripts = _shown(job, test, measured.base, sides[0])
-    return Outcome(patch, made, scores, _figures(sides, config), galleries, log, transcripts, probes)
+    return Outcome(patch, made, scores, _figures(sides), galleries, log, transcripts, probes)
 
 
 def _rows(job: Job) -> tuple[Examples, Examples]:
@@ -199,7 +199,7 @@ def _scores(found: Shapley, how: How) -> list[Scores]:
         return []
 
 
-def _figures(sides: Sequence[Side], config: RecipeConfig) -> list[Figure]:
+def _figures(sides: Sequence[Side]) -> list[Figure]:
     told = {side.name: _told(side) for side in sides}
     names = [name for name, value in told["copra"].items() if isinstance(value, float)]
     table = [{"measured": name, **{side: numbers.get(name) for side, numbers in told.items()}} for name in names]
