@@ -1,0 +1,31 @@
+"""DuQuant: low-bit weights and activations after smoothing, greedy rotations and a zigzag permutation (arXiv 2406.01721). Floor 5."""
+
+from trocar.compress.duquant.chains import build_chain, smoothing_scale
+from trocar.compress.duquant.config import Activations, Chain, DuQuantConfig, Learning, Smoothing, Weights
+from trocar.compress.duquant.groups import Group, groups
+from trocar.compress.duquant.model import QuantisedModel, quantise
+from trocar.compress.duquant.rotation import base_matrix, greedy_rotation, hadamard, random_orthogonal, zigzag
+from trocar.compress.duquant.rounding import best_clip, gptq, nearest
+
+__all__ = [
+    "Activations",
+    "Chain",
+    "DuQuantConfig",
+    "Group",
+    "Learning",
+    "QuantisedModel",
+    "Smoothing",
+    "Weights",
+    "base_matrix",
+    "best_clip",
+    "build_chain",
+    "gptq",
+    "greedy_rotation",
+    "groups",
+    "hadamard",
+    "nearest",
+    "quantise",
+    "random_orthogonal",
+    "smoothing_scale",
+    "zigzag",
+]

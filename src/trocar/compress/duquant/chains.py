@@ -1,0 +1,110 @@
+"""From a layer's input to the transform in front of it: smoothing scales, rotations and permutations in turn. Floor 5."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from trocar.compress.duquant.config import Chain
+from trocar.compress.duquant.rotation import greedy_rotation, hadamard, random_orthogonal, zigzag
+from trocar.core.errors import ConfigError
+from trocar.patch.quantised import Transform
+from trocar.patch.quantised.transform import rotate
+
+LARGEST_BLOCK = 128  # paper, section 5
+FLOOR, SCALE_FLOOR = 1e-5, 1e-2  # of the maxima and of the scale: released code
+
+
+def smoothing_scale(
+    activation: torch.Tensor, weight: torch.Tensor, alpha: float, floor: float = FLOOR, scale_floor: float = SCALE_FLOOR
+) -> torch.Tensor:
+    """s = a^alpha / w^(1 - alpha), (C,), by which activations are divided and weights multiplied. activation, weight: (C,) largest
+    magnitudes. Channels that are dead on either side get 1."""
+    scale = activation.clamp(min=floor) ** alpha / weight.clamp(min=floor) ** (1 - alpha)
+    return torch.where((activation > 0) & (weight > 0), scale.clamp(min=scale_floor), torch.ones_like(scale))
+
+
+def block_size(channels: int, wanted: int | str, name: str = "") -> int:
+    """The size of rotated blocks. Raises ConfigError naming the nearest divisors if `wanted` is none."""
+    divisors = [size for size in range(1, channels + 1) if channels % size == 0]
+    if wanted == "auto":
+        return max(size for size in divisors if size <= LARGEST_BLOCK)
+    if wanted not in divisors:
+        near = sorted(divisors, key=lambda size: abs(size - int(wanted)))[:3]
+        here = f" of {name}" if name else ""
+        raise ConfigError(
+            f"Blocks of {wanted} do not divide the {channels} channels{here}.",
+            f"Use {', '.join(map(str, sorted(near)))}, or block_size: auto.",
+        )
+    return int(wanted)
+
+
+def build_chain(x: torch.Tensor, chain: Chain | None, generator: torch.Generator, name: str = "") -> Transform:
+    """The transform for input `x` (T, C), rotations in float64. Each step is found on the input as the steps before have left it.
+
+    name: of the layer, for errors. Raises ConfigError for blocks that do not divide C, DataError for input that is not finite.
+    """
+    transform = Transform(x.shape[-1])
+    if chain is None:
+        return transform
+    size = block_size(x.shape[-1], chain.block_size, name)
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    for kind in chain.steps:
+        if kind == "rotate":
+            step = _rotation(x, chain, size, generator)
+            x = rotate(x, step)
+        else:
+            step = _permutation(x, chain, size, generator)
+            x = x[:, step.to(x.device)]
+        transform = transform.then(step)
+    return transform
+
+
+def _rotation(x: torch.Tensor, chain: Chain, size: int, generator: torch.Generator) -> torch.Tensor:
+    if chain.rotation == "greedy":
+        parts = x.split(size, dim=1) if chain.per_block else [x]
+        found = [
+            greedy_rotation(
+                part, size, chain.search_steps, generator, objective=chain.objective, outlier=chain.outlier, draw=chain.draw
+            ).rotation
+            for part in parts
+        ]
+        return torch.stack(found) if chain.per_block else found[0]
+    if chain.rotation == "random":
+        return random_orthogonal(size, generator)
+    return hadamard(size) if chain.rotation == "hadamard" else hadamard(_largest_hadamard(x.shape[-1]))
+
+
+def _largest_hadamard(channels: int) -> int:
+    for size in (channels // part for part in range(1, channels + 1) if channels % part == 0):
+        try:
+            hadamard(size)
+        except ConfigError:
+            continue
+        return size
+    raise AssertionError("size 1 always has one")
+
+
+def _permutation(x: torch.Tensor, chain: Chain, size: int, generator: torch.Generator) -> torch.Tensor:
+    if chain.permutation == "random":
+        return torch.randperm(x.shape[-1], generator=generator)
+    return zigzag(x.abs().amax(0), size).cpu()
+
+
+def block_variance(x: torch.Tensor, size: int) -> float:
+    """How unevenly outliers lie on blocks: the variance over blocks of the mean of the channels' largest magnitudes."""
+    return float(x.abs().amax(0).reshape(-1, size).mean(1).var(correction=0))
+
+
+def peaks(x: torch.Tensor, transform: Transform) -> list[float]:
+    """The largest magnitude of `x` (T, C) before the transform and after each of its steps (the scale counts as one)."""
+    stages = [Transform(transform.channels), *([Transform(transform.channels, transform.scale)] if transform.scale is not None else [])]
+    stages += [Transform(transform.channels, transform.scale, done) for done in itertools.accumulate([(s,) for s in transform.steps])]
+    return [float(stage.online(x).abs().max()) for stage in stages]
+
+
+def largest(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Entry-wise maximum of equally shaped tensors."""
+    return torch.stack(list(parts)).amax(0)

@@ -1,0 +1,214 @@
+"""The input groups of a block: linear layers that read the same tensor, and what lies before it to fold a scale into. Floor 5."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from trocar.anatomy import Anatomy, LinearView, Tower
+from trocar.anatomy.linear import base_layer
+from trocar.core.errors import ConfigError, UnsupportedModelError
+from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform
+
+NAMES = ("attn_in", "attn_out", "mlp_in", "mlp_hidden")  # in the order of the forward pass
+FLOAT = Quantiser(bits=16)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers of one block that read one tensor.
+
+    name: one of NAMES; roles: their modules' roles (fused ones count once); source: the role that a scale of the input folds into - a norm,
+    `v` (its rows, since attention mixes them linearly), `up` (its rows, which the gate or a ReLU lets through linearly) - or "".
+    """
+
+    tower: str
+    layer: int
+    name: str
+    roles: tuple[str, ...]
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.tower + '.' if self.tower else ''}L{self.layer}.{self.name}"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of its linear layers as components have them, `L5.mlp.down`."""
+        prefix = f"{self.tower + '.' if self.tower else ''}L{self.layer}."
+        part = "attn" if self.name.startswith("attn") else "mlp"
+        return tuple(f"{prefix}{part}.{role}" for fused in self.roles for role in MEMBERS.get(fused, (fused,)))
+
+
+MEMBERS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+def groups(tower: Tower, layer: int) -> list[Group]:
+    """The four input groups of a block, in the order in which the forward pass comes to them.
+
+    With norms after the additions (`post`) the input of a block is the residual stream itself, into which nothing folds. Whether a hidden
+    layer without a gate lets a scale through (ReLU) is found out on data, by `is_relu`; here it has no source.
+    """
+
+    def present(*roles: str) -> tuple[str, ...]:
+        return tuple(role for role in roles if tower.has(layer, role))
+
+    def norm(role: str) -> str:
+        return role if tower.residual != "post" and tower.has(layer, role) else ""
+
+    gated = tower.has(layer, "gate") or tower.has(layer, "gate_up")
+    return [
+        Group(tower.name, layer, "attn_in", present("qkv") or present("q", "k", "v"), norm("attn_norm")),
+        Group(tower.name, layer, "attn_out", ("o",), "v"),
+        Group(tower.name, layer, "mlp_in", present("gate_up") or present("up", "gate"), norm("mlp_norm")),
+        Group(tower.name, layer, "mlp_hidden", ("down",), "up" if gated else ""),
+    ]
+
+
+@dataclass
+class Staged:
+    """A block whose linear layers were exchanged for float stand-ins that may be changed, the originals untouched.
+
+    layers: by role; taken: (path, original) of every exchanged module; views: of v and up, for their rows in fused projections.
+    """
+
+    anatomy: Anatomy
+    tower: Tower
+    layer: int
+    layers: dict[str, QuantisedLinear]
+    taken: list[tuple[str, nn.Module]]
+    views: dict[str, LinearView]
+
+    def exchange(self, path: str, module: nn.Module) -> None:
+        """Put `module` at `path`, remembering what the model came with."""
+        if all(path != known for known, _ in self.taken):
+            self.taken.append((path, self.anatomy.model.get_submodule(path)))
+        put(self.anatomy.model, path, module)
+
+    def put_back(self) -> None:
+        """The very modules that were there."""
+        while self.taken:
+            put(self.anatomy.model, *self.taken.pop())
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
+
+
+def stage(anatomy: Anatomy, tower: Tower, layer: int) -> Staged:
+    """Exchange a block's linear layers for float32 stand-ins. Raises UnsupportedModelError where an adapter is attached."""
+    staged = Staged(anatomy, tower, layer, {}, [], {})
+    prefix = f"{tower.name + '.' if tower.name else ''}L{layer}."
+    staged.views = {"v": anatomy.linear(f"{prefix}attn.v"), "up": anatomy.linear(f"{prefix}mlp.up")}
+    for group in groups(tower, layer):
+        for role in group.roles:
+            module: Any = tower.module(layer, role)
+            path = tower.path(layer, role)
+            if base_layer(module) is not module:
+                raise UnsupportedModelError(
+                    f"{path} carries an adapter.", "Merge it (merge_and_unload) before quantising; it reads inputs that change their basis."
+                )
+            weight = module.weight.detach()
+            weight = weight.T if tower._transposed[layer, role] else weight
+            staged.layers[role] = stand_in(weight.float().contiguous(), None if module.bias is None else module.bias.detach().float())
+            staged.exchange(path, staged.layers[role])
+    return staged
+
+
+def stand_in(weight: torch.Tensor, bias: torch.Tensor | None) -> QuantisedLinear:
+    """A layer in float with a float32 weight (O, C) that may be changed."""
+    return QuantisedLinear(
+        GroupInput(Transform(weight.shape[1]), FLOAT), FLOAT, weight.clone(), None if bias is None else bias.detach().clone()
+    )
+
+
+def scale_of_values(scale: torch.Tensor, tower: Tower, layer: int) -> torch.Tensor:
+    """Largest entry over the query heads that read the same value channel: (heads * size,) -> (kv_heads * size,)."""
+    return scale.reshape(tower.kv_heads(layer), tower.group(layer), -1).amax(1).flatten()
+
+
+def to_heads(scale: torch.Tensor, tower: Tower, layer: int) -> torch.Tensor:
+    """Value channels repeated for every query head that reads them: (kv_heads * size,) -> (heads * size,)."""
+    return scale.reshape(tower.kv_heads(layer), 1, -1).expand(-1, tower.group(layer), -1).flatten()
+
+
+def fold(staged: Staged, group: Group, scale: torch.Tensor) -> torch.Tensor:
+    """Divide what produces the group's input by `scale`, exactly, and return the scale that weights must be multiplied by.
+
+    A norm in half precision cannot hold gain / scale; the scale is then the ratio of the gain to what it was rounded to.
+    """
+    if group.source in ("v", "up"):
+        layer, rows = _rows(staged, group.source)
+        small = scale if group.source == "up" else scale_of_values(scale, staged.tower, staged.layer)
+        values: torch.Tensor = layer.get_buffer("values")
+        values[rows] /= small[:, None].to(values)
+        if layer.bias is not None:
+            layer.bias[rows] /= small.to(layer.bias)
+        layer._float = None
+        return scale
+    path = staged.tower.path(staged.layer, group.source)
+    original: Any = staged.anatomy.model.get_submodule(path)
+    norm = copy.deepcopy(original)
+    offset, gain = gain_offset(original), original.weight.detach().double()
+    with torch.no_grad():
+        norm.weight.copy_((gain + offset) / scale.double() - offset)
+        now = norm.weight.double() + offset
+        exact = torch.where(now != 0, (gain + offset) / now, scale.double())
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.copy_(original.bias.double() / exact)
+    norm.requires_grad_(False)
+    staged.exchange(path, norm)
+    return exact.to(scale)
+
+
+def multiply(staged: Staged, group: Group, scale: torch.Tensor) -> None:
+    """Multiply the input channels of the group's weights by `scale`."""
+    for role in group.roles:
+        values: torch.Tensor = staged.layers[role].get_buffer("values")
+        values *= scale.to(values)
+        staged.layers[role]._float = None
+
+
+def _rows(staged: Staged, role: str) -> tuple[QuantisedLinear, Any]:
+    owner = role if role in staged.layers else {"v": "qkv", "up": "gate_up"}[role]
+    rows = staged.views[role].rows
+    return staged.layers[owner], slice(None) if rows is None else torch.tensor(list(rows))
+
+
+def gain_offset(norm: nn.Module) -> float:
+    """0 for norms that multiply by their weight, 1 for those that multiply by 1 + weight (Gemma), found by trying.
+
+    Raises UnsupportedModelError for norms that do neither.
+    """
+    weight = norm.get_parameter("weight")
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
+    sample = torch.linspace(-1, 2, weight.shape[0], device=weight.device, dtype=weight.dtype)[None]
+    with torch.no_grad():
+        for offset in (0.0, 1.0):
+            if not functional_call(norm, {**zeros, "weight": torch.full_like(weight, -offset)}, (sample,)).any():
+                return offset
+    raise UnsupportedModelError(
+        f"{type(norm).__name__} does not multiply by its weight, so no scale folds into it.", "Set smoothing to null, or report the family."
+    )
+
+
+def wanted_bits(group: Group, keep: dict[str, int]) -> int | None:
+    """The bits that settings ask for one of the group's layers, the largest of several."""
+    named = [bits for name, bits in keep.items() if name in group.components]
+    return max(named, default=None)
+
+
+def check_keep(names: Sequence[str], known: Sequence[Group]) -> None:
+    """Raise ConfigError for names that no group has."""
+    from trocar.core.errors import nearest
+
+    every = [component for group in known for component in group.components]
+    for name in names:
+        if name not in every:
+            raise ConfigError(f"keep names '{name}', which is none of the quantised layers.", nearest(name, every))

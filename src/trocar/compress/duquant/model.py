@@ -1,0 +1,84 @@
+"""A whole model, block by block. Floor 5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from trocar.anatomy import Anatomy
+from trocar.compress.duquant import streams
+from trocar.compress.duquant.blocks import BlockResult, quantise_block
+from trocar.compress.duquant.config import DuQuantConfig
+from trocar.compress.duquant.groups import check_keep, groups, put
+from trocar.core.progress import track
+from trocar.evaluate.forward import evaluating
+from trocar.patch.quantised import QuantisedLinear
+
+
+@dataclass
+class QuantisedModel:
+    """A model whose blocks were quantised in place. `revert` puts the very modules back that were there."""
+
+    anatomy: Anatomy
+    blocks: list[BlockResult] = field(default_factory=list)
+
+    @property
+    def layers(self) -> dict[str, QuantisedLinear]:
+        """Every quantised layer by its path."""
+        return {path: layer for block in self.blocks for path, layer in block.layers.items()}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Relative output error of every layer on the calibration input; of whole blocks under `L5`."""
+        named = {}
+        for number, block in enumerate(self.blocks):
+            named |= {f"L{number}" if path == "block" else path: error for path, error in block.errors.items()}
+        return named
+
+    def revert(self) -> None:
+        while self.blocks:
+            for path, module in reversed(self.blocks.pop().taken):
+                put(self.anatomy.model, path, module)
+
+
+def quantise(
+    model: nn.Module | Anatomy,
+    inputs: Mapping[str, torch.Tensor],
+    config: DuQuantConfig | None = None,
+    seed: int = 0,
+    *,
+    tower: str | None = None,
+    tell: Callable[[int, BlockResult], None] | None = None,
+) -> QuantisedModel:
+    """Quantise the linear layers of every block in place (arXiv 2406.01721); embeddings, norms and heads stay in float.
+
+    inputs: calibration windows, keyword arguments of the model with rows first (`input_ids` (n, length); of the tower, where there are
+    several). Each block sees what the blocks before it, already quantised, make of them; smoothing looks at the float model. seed: of the
+    rotations. tell: called after each block.
+
+    Raises ConfigError (blocks that do not divide a layer's channels, unknown names in `keep`), DataError (calibration input that is empty
+    or not finite), UnsupportedModelError (adapters attached, weights already quantised, a fold that is not exact). On any of them the
+    model is as it was.
+    """
+    config = config or DuQuantConfig()
+    anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
+    chosen = anatomy.tower(tower)
+    check_keep(list(config.keep), [group for layer in range(chosen.n_layers) for group in groups(chosen, layer)])
+    done = QuantisedModel(anatomy)
+    with evaluating(anatomy.model), torch.no_grad():
+        reference = streams.enter(anatomy, chosen, inputs, config.batch_size)
+        current: Any = reference if config.calibration == "rows" else streams.averaged(anatomy, chosen, inputs, reference)
+        try:
+            for layer in track(range(chosen.n_layers), "quantise", chosen.n_layers):
+                result, reference, current = quantise_block(anatomy, chosen, layer, reference, current, config, seed)
+                done.blocks.append(result)
+                if tell is not None:
+                    tell(layer, result)
+        except BaseException:
+            done.revert()
+            raise
+    return done

@@ -1,0 +1,19 @@
+"""Linear maps with low-bit weights and activations: their arithmetic, the change of basis in front of them, and their modules. Floor 3."""
+
+from trocar.patch.quantised.linear import GroupInput, QuantisedLinear
+from trocar.patch.quantised.numbers import Quantiser, codes, dequantise, grid, integer_linear, pack, quantised, unpack
+from trocar.patch.quantised.transform import Transform
+
+__all__ = [
+    "GroupInput",
+    "QuantisedLinear",
+    "Quantiser",
+    "Transform",
+    "codes",
+    "dequantise",
+    "grid",
+    "integer_linear",
+    "pack",
+    "quantised",
+    "unpack",
+]
