@@ -13,13 +13,13 @@ WIDE_ROW = 2048  # rows from which on the paper's clip ratios help; on shorter o
 
 
 class Weights(Config):
-    """Weights: bits, 16 = float; clip: part of each row's range that is covered, `search` for each row's own by least squared error, `learned`
-    for a low and a high end per row, trained block by block; None: 0.8 (paper, section 5) at 4 bits on rows of 2048 columns or more,
-    else 1. rounding: `nearest`, or `gptq`, which corrects the columns still to come for the error of those that were rounded."""
+    """Weights: bits, 16 = float; clip: part of each row's range that is covered, `search` for each row's own by least squared error,
+    `learned` for a low and a high end per row, trained block by block; None: 0.8 (paper, section 5) at 4 bits on rows of 2048 columns or
+    more, else 1. rounding: `nearest`, or `gptq`, which corrects the columns still to come for the error of those that were rounded."""
 
-    bits: int = pydantic.Field(4, ge=2, le=16)
+    bits: int = pydantic.Field(default=4, ge=2, le=16)
     symmetric: bool = False
-    group: int | None = pydantic.Field(None, ge=1)
+    group: int | None = pydantic.Field(default=None, ge=1)
     clip: float | Literal["search", "learned"] | None = None
     rounding: Literal["nearest", "gptq"] = "nearest"
 
@@ -40,9 +40,9 @@ class Weights(Config):
 class Activations(Config):
     """Activations, per token, found as they come. clip: as for weights; None: 0.9 (paper, section 5) at 4 bits on 2048 channels or more."""
 
-    bits: int = pydantic.Field(4, ge=2, le=16)
+    bits: int = pydantic.Field(default=4, ge=2, le=16)
     symmetric: bool = False
-    clip: float | None = pydantic.Field(None, gt=0, le=1)
+    clip: float | None = pydantic.Field(default=None, gt=0, le=1)
 
     def quantiser(self, channels: int) -> Quantiser:
         return Quantiser(bits=self.bits, symmetric=self.symmetric, clip=_ratio(self.clip, self.bits, channels, 0.9))
@@ -62,7 +62,7 @@ class Chain(Config):
     rotation: Literal["greedy", "hadamard", "full-hadamard", "random"] = "greedy"
     permutation: Literal["zigzag", "random"] = "zigzag"
     block_size: int | Literal["auto"] = "auto"
-    search_steps: int = pydantic.Field(16, ge=0)
+    search_steps: int = pydantic.Field(default=16, ge=0)
     per_block: bool = False
     objective: Literal["peak", "range"] = "peak"
     outlier: Literal["column", "row"] = "column"
@@ -70,11 +70,11 @@ class Chain(Config):
 
 
 class Smoothing(Config):
-    """s = a^alpha / w^(1 - alpha) per channel, a and w the largest magnitudes of activation and weight. alpha: paper 0.6, 0.5 with a learned
-    clip. weights: the maximum over `all` layers of the group, or only the `first` one (q of q, k, v; up of gate, up: the released code).
-    online: whether layers whose scale folds into nothing divide as they run, or are left unsmoothed."""
+    """s = a^alpha / w^(1 - alpha) per channel, a and w the largest magnitudes of activation and weight. alpha: paper 0.6, 0.5 with a
+    learned clip. weights: the maximum over `all` layers of the group, or only the `first` one (q of q, k, v; up of gate, up: the released
+    code). online: whether layers whose scale folds into nothing divide as they run, or are left unsmoothed."""
 
-    alpha: float = pydantic.Field(0.6, ge=0, le=1)
+    alpha: float = pydantic.Field(default=0.6, ge=0, le=1)
     weights: Literal["all", "first"] = "all"
     online: bool = True
 
@@ -82,8 +82,8 @@ class Smoothing(Config):
 class Learning(Config):
     """Learned clip (LWC): AdamW on a low and a high end per row, to keep the block's output (paper: 20 epochs, 5e-3)."""
 
-    epochs: int = pydantic.Field(20, ge=1)
-    learning_rate: float = pydantic.Field(5e-3, gt=0)
+    epochs: int = pydantic.Field(default=20, ge=1)
+    learning_rate: float = pydantic.Field(default=5e-3, gt=0)
 
 
 class DuQuantConfig(Config):
@@ -100,12 +100,12 @@ class DuQuantConfig(Config):
     activations: Activations = Activations()
     smoothing: Smoothing | None = Smoothing()
     chain: Chain | None = Chain()
-    attention: int | None = pydantic.Field(None, ge=2, le=15)
+    attention: int | None = pydantic.Field(default=None, ge=2, le=15)
     learning: Learning = Learning()
-    keep: dict[str, int] = {}
-    rows: int = pydantic.Field(4096, ge=1)
+    keep: dict[str, int] = pydantic.Field(default_factory=dict)
+    rows: int = pydantic.Field(default=4096, ge=1)
     calibration: Literal["rows", "mean"] = "rows"
-    batch_size: int = pydantic.Field(4, ge=1)
+    batch_size: int = pydantic.Field(default=4, ge=1)
 
 
 def _ratio(clip: object, bits: int, columns: int, papers: float) -> float:

@@ -19,8 +19,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Windows that run together. hidden: the input of the block at hand, (rows, length, width); calls: what each block is called with beside
-    it (masks, rotary tables); real: (rows * length,) which positions are not padding, None: all."""
+    """Windows that run together. hidden: the input of the block at hand, (rows, length, width); calls: what each block is called with
+    beside it (masks, rotary tables); real: (rows * length,) which positions are not padding, None: all."""
 
     hidden: torch.Tensor
     calls: Sequence[Call]
@@ -99,7 +99,12 @@ def run(block: nn.Module, layer: int, batch: Batch) -> torch.Tensor:
 
 
 def watch(
-    block: nn.Module, layer: int, batch: Batch, inputs: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None], stop: bool = False
+    block: nn.Module,
+    layer: int,
+    batch: Batch,
+    inputs: Mapping[str, nn.Module],
+    see: Callable[[str, torch.Tensor], None],
+    stop: bool = False,
 ) -> torch.Tensor | None:
     """Run the block and show the real rows of the inputs of some modules to `see` as they come. stop: end after all were seen."""
     left = set(inputs)

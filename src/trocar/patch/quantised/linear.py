@@ -62,7 +62,7 @@ class GroupInput(FullPrecision):
         if last is None or last[0] is not x or last[1] != x._version:
             last = (x, x._version, compute(x), 0)
         seen = last[3] + 1
-        self._last = None if seen >= self.readers else (*last[:3], seen)
+        self._last = None if seen >= self.readers else (last[0], last[1], last[2], seen)
         return last[2]
 
     def extra_repr(self) -> str:
@@ -72,10 +72,12 @@ class GroupInput(FullPrecision):
 class QuantisedLinear(FullPrecision):
     """y = quantised(x G) (quantised(W G^-T))^T + b.
 
-    weight: codes (O, C), step and zero (O, groups), or a float matrix with `quantiser.bits` 16. The codes are kept, packed in halves of bytes
-    up to 4 bits; `mode` says how the product is computed: `simulated` (float product of the rounded values, the reference) or `integer`
+    weight: codes (O, C), step and zero (O, groups), or a float matrix with `quantiser.bits` 16. The codes are kept, two to a byte up to 4
+    bits; `mode` says how the product is computed: `simulated` (float product of the rounded values, the reference) or `integer`
     (int8 codes into int32, up to 8 bits on both sides and one group per row).
     """
+
+    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -91,11 +93,11 @@ class QuantisedLinear(FullPrecision):
         if owner:
             self.input = shared
         if isinstance(weight, torch.Tensor):
-            self.out_features, self.in_features = weight.shape
+            self.out_features, self.in_features = weight.shape[0], weight.shape[1]
             self.register_buffer("values", weight)
         else:
             code, step, zero = weight
-            self.out_features, self.in_features = code.shape
+            self.out_features, self.in_features = code.shape[0], code.shape[1]
             self.register_buffer("codes", pack(code) if quantiser.bits <= 4 else code)
             self.register_buffer("step", step.float())
             self.register_buffer("zero", zero.to(torch.uint8 if quantiser.bits <= 8 else torch.int32))

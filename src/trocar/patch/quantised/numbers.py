@@ -22,10 +22,10 @@ class Quantiser(Config):
     """A uniform grid per row. bits: 2..15, or 16 for "leave it in float"; symmetric: zero in the middle, levels -(2^(bits-1) - 1) up to its
     opposite; group: consecutive columns that share a grid, None: the whole row; clip: part of the row's range that the grid covers."""
 
-    bits: int = pydantic.Field(4, ge=2, le=FLOAT_BITS)
+    bits: int = pydantic.Field(default=4, ge=2, le=FLOAT_BITS)
     symmetric: bool = False
-    group: int | None = pydantic.Field(None, ge=1)
-    clip: float = pydantic.Field(1.0, gt=0, le=1)
+    group: int | None = pydantic.Field(default=None, ge=1)
+    clip: float = pydantic.Field(default=1.0, gt=0, le=1)
 
     @property
     def is_float(self) -> bool:
@@ -160,15 +160,16 @@ def integer_linear(
     half = 128
     ax, aw = (code.to(torch.int16).sub(half).to(torch.int8) for code in (cx, cw))
     products = int_mm(ax, aw.T)
-    zx, zw = zx - half, zw - half
+    zx, zw = zx.to(torch.int32) - half, zw.to(torch.int32).T - half
     sum_x, sum_w = ax.sum(1, dtype=torch.int32)[:, None], aw.sum(1, dtype=torch.int32)[None, :]
-    zx, zw = zx.to(torch.int32), zw.to(torch.int32).T
     whole = products - zw * sum_x - zx * sum_w + ax.shape[1] * zx * zw
     return whole.to(sx.dtype) * sx * sw.T
 
 
 def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """int8 (M, K) times int8 (K, N) -> int32 (M, N), with the processor's integer instructions where torch has them."""
+    if a.shape[1] == 1:  # torch 2.13 returns garbage for a single column
+        return a.to(torch.int32) * b.to(torch.int32)
     try:
         return torch._int_mm(a, b)
     except (RuntimeError, NotImplementedError):  # shapes or devices that this torch has no kernel for

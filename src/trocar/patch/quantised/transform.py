@@ -57,10 +57,7 @@ class Transform:
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
         """Activations before `online`, (..., C)."""
         for step in reversed(self.steps):
-            if step.is_floating_point():
-                x = rotate(x, step.mT)
-            else:
-                x = x[..., step.argsort().to(x.device)]
+            x = rotate(x, step.mT) if step.is_floating_point() else x[..., step.argsort().to(x.device)]
         return x if self.scale is None else x * self.scale.to(x)
 
     def to(self, dtype: torch.dtype) -> Transform:
