@@ -222,9 +222,9 @@ def test_the_position_wise_mean_of_the_paper_works_too() -> None:
     mean = quantise(model, inputs, DuQuantConfig(calibration="mean", chain=SMALL))
     assert max(value for path, value in mean.errors.items() if "." in path) < 0.5
     mean.revert()
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :2] = 0
     with pytest.raises(DataError, match="padding cannot be averaged"):
-        mask = torch.ones_like(inputs["input_ids"])
-        mask[0, :2] = 0
         quantise(model, {**inputs, "attention_mask": mask}, DuQuantConfig(calibration="mean", chain=SMALL))
 
 

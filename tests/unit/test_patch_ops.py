@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from trocar.anatomy import Anatomy, fingerprint, tiny_inputs, tiny_model
 from trocar.core.errors import ComponentError, EditError, PatchBaseError, PatchFormatError, PatchStateError, TrocarError
-from trocar.patch import Adapter, AddVector, Factors, Gate, LowRank, Patch, Remove, ScaleAt, SparseReplace
+from trocar.patch import Adapter, AddVector, Factors, Gate, LowRank, Patch, Quantise, Remove, ScaleAt, SparseReplace
 from trocar.patch.actions import Place, Write, bits
+from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform, codes, grid
 from trocar.trace import Scale, intervene
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +41,15 @@ def rows_changed(model, rows=(3, 5), name=f"{UP}.weight"):
     return SparseReplace.between(name, before, after)
 
 
+def quantised_down(bits=4):
+    """The down projection of block 1 in a rotated and permuted basis."""
+    rotation = torch.linalg.qr(normal(16, 16))[0]
+    transform = Transform(48, None, (rotation, torch.randperm(48, generator=torch.Generator().manual_seed(0))))
+    weight, quantiser = transform.weight(normal(32, 48) / 7), Quantiser(bits=bits)
+    content = weight if bits == 16 else (codes(weight, *grid(weight, quantiser), quantiser), *grid(weight, quantiser))
+    return Quantise([DOWN], [QuantisedLinear(GroupInput(transform, Quantiser(bits=8)), quantiser, content, None)])
+
+
 def operations(model):
     dtype = model.dtype
     weight = model.get_parameter(f"{UP}.weight").detach()
@@ -62,6 +72,7 @@ def operations(model):
         "remove heads": [Remove(["L0.H0", "L0.H1"])],
         "remove neurons and blocks": [Remove(["L2.N4", "L1"])],
         "adapter": [Adapter({Q: Factors(normal(2, 32), normal(64, 2), 0.5), DOWN: Factors(normal(3, 48), normal(32, 3), -1.0)})],
+        "quantise": [quantised_down()],
         "several": [rows_changed(model), Gate({"L1.N3": 0}), AddVector("L0.mlp_out", normal(32)), Remove(["L1.N5"])],
     }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trocar.patch.ops.adapter import Adapter, Factors
     from trocar.patch.ops.gate import Gate
     from trocar.patch.ops.low_rank import LowRank
+    from trocar.patch.ops.quantise import Quantise
     from trocar.patch.ops.remove import Remove
     from trocar.patch.ops.scale import ScaleAt
     from trocar.patch.ops.sparse import SparseReplace
@@ -37,6 +38,7 @@ _HOMES = {
     "ops.adapter": ("Adapter", "Factors"),
     "ops.gate": ("Gate",),
     "ops.low_rank": ("LowRank",),
+    "ops.quantise": ("Quantise",),
     "ops.remove": ("Remove",),
     "ops.scale": ("ScaleAt",),
     "ops.sparse": ("SparseReplace",),
@@ -47,7 +49,8 @@ _HOMES = {
 }
 __all__ = [
     "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Overlap",
-    "Patch", "Remove", "ScaleAt", "SparseReplace", "Stack", "attached", "diff", "export", "merge_into", "read_header", "stack", "wrapped",
+    "Patch", "Quantise", "Remove", "ScaleAt", "SparseReplace", "Stack", "attached", "diff", "export", "merge_into", "read_header", "stack",
+    "wrapped",
 ]  # fmt: skip
 
 __getattr__ = lazy(__name__, _HOMES)

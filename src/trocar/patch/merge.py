@@ -30,6 +30,7 @@ from trocar.patch.checkpoint import (
 )
 from trocar.patch.checkpoint import shards as shards_of
 from trocar.patch.checkpoint import skeleton as skeleton_of
+from trocar.patch.ops.quantise import Quantise
 from trocar.patch.ops.remove import Remove, Surgery
 from trocar.patch.ops.scale import ScaleAt
 from trocar.patch.ops.vector import AddVector
@@ -117,13 +118,18 @@ def planned_writes(patch: Patch, target: Target) -> dict[str, list[Write]]:
 
 
 def written(op: Any, target: Target) -> Any:
-    """The steps by which an operation becomes weights. Raises ExportError for one that acts only while the model runs."""
+    """The steps by which an operation becomes weights. Raises ExportError for one that acts only while the model runs.
+
+    Quantised layers leave their rounded weights in float; the rounding of activations is lost.
+    """
     if isinstance(op, ScaleAt):
         raise ExportError(
             f"{op.record().where()} are scaled at positions {op.positions or 'all'} while the model runs.",
             "Use Gate to scale them everywhere, in the weights, or ship the patch file itself.",
         )
-    return [bias_step(op, target)] if isinstance(op, AddVector) else op.plan(target)
+    if isinstance(op, AddVector):
+        return [bias_step(op, target)]
+    return op.writes(target) if isinstance(op, Quantise) else op.plan(target)
 
 
 def bias_of(op: AddVector, target: Target) -> tuple[str, str | None]:

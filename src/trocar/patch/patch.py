@@ -238,7 +238,7 @@ class Applied:
             if tensor_fingerprint(tensor) != digest:
                 return f"{name} has other values"
         if any(not step.intact() for step in self._begun if hasattr(step, "intact")):  # type: ignore[attr-defined]
-            return "what the removal left has other values"
+            return "what an operation put into it is not there any more"
         return ""
 
     def _undo(self) -> None:

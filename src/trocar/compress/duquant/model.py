@@ -16,6 +16,8 @@ from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import check_keep, groups, put
 from trocar.core.progress import track
 from trocar.evaluate.forward import evaluating
+from trocar.patch import Op, Patch, SparseReplace
+from trocar.patch.ops.quantise import one_per_input
 from trocar.patch.quantised import QuantisedLinear
 
 
@@ -38,6 +40,25 @@ class QuantisedModel:
         for number, block in enumerate(self.blocks):
             named |= {f"L{number}" if path == "block" else path: error for path, error in block.errors.items()}
         return named
+
+    def operations(self) -> list[Op]:
+        """What was done, as operations of a patch: the norms' new gains, then one operation for each input. Valid after `revert` too."""
+        ops: list[Op] = []
+        for block in self.blocks:
+            original = dict(block.taken)
+            for path, norm in block.norms.items():
+                for name, parameter in norm.named_parameters():
+                    old = original[path].get_parameter(name)
+                    op = SparseReplace.between(f"{path}.{name}", old, parameter)
+                    ops += [op] if op is not None else []
+            ops += one_per_input(block.layers)
+        return ops
+
+    def patch(self, **settings: Any) -> Patch:
+        """The quantisation as a patch of the float model, which is put back first. settings: what made it, for the file's header."""
+        ops = self.operations()
+        self.revert()
+        return Patch.of(self.anatomy.model, ops, "duquant", settings)
 
     def revert(self) -> None:
         while self.blocks:
