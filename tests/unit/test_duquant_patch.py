@@ -87,7 +87,7 @@ def test_the_file_is_small_and_the_wrong_base_or_state_is_refused(tmp_path: Path
 
 
 def test_a_plain_checkpoint_holds_the_rounded_weights_in_float(tmp_path: Path) -> None:
-    """Weights rounded, activations not: the folder loads without Trocar and computes what the quantised model with 16-bit activations does."""
+    """The folder loads without Trocar and computes what the quantised model with 16-bit activations does."""
     model = tiny_model("llama")
     settings = DuQuantConfig(activations=Activations(bits=16), chain=SMALL)
     done = quantise(model, tiny_inputs(model), settings)
