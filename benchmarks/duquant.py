@@ -1,0 +1,173 @@
+"""DuQuant and what it is compared with on a published language model, and how fast its rotations are found.
+
+WikiText-2: perplexity on windows of `test`, calibration on windows of `valid`. Every figure is a unit of its own in `build/duquant`, so
+that a run that was killed goes on. "prototype" are figures of a plain prototype on the same windows, which the table must reproduce.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from common import ROOT, arguments, paired_seconds, write_result
+
+from trocar.anatomy import fingerprint
+from trocar.compress.duquant import greedy_rotation, preset, quantise
+from trocar.core.workspace import Workspace
+from trocar.evaluate import perplexity
+from trocar.lab.sources import data_folder
+from trocar.recipe.models import find_model
+
+WINDOW, TEST_WINDOWS = 512, 12
+PLAIN = {"block_size": 64}  # the largest power of two that divides 576 and 1536
+WORST = {"L11.mlp.down": 8, "L28.mlp.down": 8}  # largest inputs of all, 50,000 times the median
+# name -> (preset, bits, changes, calibration windows, the prototype's figure)
+ROWS: dict[str, tuple[str, str, dict[str, Any], int, float | None]] = {
+    "duquant, clip .95": ("duquant", "W4A4", {"clip": 0.95, "activation_clip": 0.95}, 4, 45.2),
+    "duquant + gptq, clip search": ("duquant-gptq", "W4A4", {"activation_clip": 0.95}, 32, None),
+    "duquant + gptq W4A8": ("duquant-gptq", "W4A8", {}, 32, None),
+    "duquant": ("duquant", "W4A4", {}, 4, 49.9),
+    "duquant W4A8": ("duquant", "W4A8", {}, 4, 38.1),
+    "duquant + gptq, two down maps in 8 bits": ("duquant-gptq", "W4A4", {"activation_clip": 0.95, "keep": WORST}, 32, None),
+    "duquant, clip search": ("duquant-clip", "W4A4", {"activation_clip": 0.95}, 4, None),
+    "duquant W6A6": ("duquant", "W6A6", {}, 4, 30.5),
+    "nearest": ("rtn", "W4A4", {}, 4, 1672.0),
+    "nearest W4A8": ("rtn", "W4A8", {}, 4, 49.2),
+    "nearest W6A6": ("rtn", "W6A6", {}, 4, 37.7),
+    "nearest W8A8": ("rtn", "W8A8", {}, 4, 30.8),
+    "smoothquant": ("smoothquant", "W4A4", {}, 4, 304.0),
+    "block hadamard": ("hadamard", "W4A4", {}, 4, 101.0),
+    "smooth + block hadamard": ("smooth-hadamard", "W4A4", {}, 4, 54.8),
+    "full hadamard": ("quarot", "W4A4", {}, 4, None),
+    "full hadamard + gptq": ("quarot-gptq", "W4A4", {"clip": "search"}, 32, None),
+    "random rotation": ("random", "W4A4", {}, 4, None),
+    "smooth + one rotation": ("smooth-rotation", "W4A4", {}, 4, None),
+    "two rotations, no permutation": ("no-permutation", "W4A4", {}, 4, None),
+    "random permutation": ("random-permutation", "W4A4", {}, 4, None),
+    "permute first, one rotation": ("permute-first", "W4A4", {}, 4, None),
+    "a rotation for each block": ("per-block", "W4A4", {}, 4, None),
+    "learned clip": ("duquant-lwc", "W4A4", {"activation_clip": 0.95}, 16, None),
+}
+SEEDED = ("greedy", "random")
+
+
+def tokens(words: Any, split: str) -> torch.Tensor:
+    with gzip.open(data_folder() / "wikitext2" / f"{split}.txt.gz", "rt") as file:
+        return words(file.read(), return_tensors="pt").input_ids[0]
+
+
+def real_rows(folder: str, names: Sequence[str], seeds: Sequence[int], work: Workspace) -> list[dict[str, Any]]:
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    test, valid = tokens(words, "test")[: TEST_WINDOWS * WINDOW], tokens(words, "valid")
+    base = {"model": fingerprint(model), "windows": TEST_WINDOWS, "length": WINDOW}
+    plain = work.values("float", base, lambda: perplexity(model, test, WINDOW).value)
+    rows = [_row("float", [plain], 30.09, [], 0.0)]
+    for name in names:
+        kind, bits, changes, windows, published = ROWS[name]
+        config = preset(kind, bits, **{**PLAIN, **changes})
+        drawn = config.chain is not None and config.chain.rotation in SEEDED
+        found: list[dict[str, Any]] = []
+        for seed in seeds if drawn else seeds[:1]:
+
+            def compute(seed: int = seed, config: Any = config, windows: int = windows) -> dict[str, Any]:
+                start = time.process_time()
+                done = quantise(model, {"input_ids": valid[: windows * WINDOW].reshape(windows, WINDOW)}, config, seed)
+                seconds, errors = time.process_time() - start, done.errors
+                after = perplexity(model, test, WINDOW).value
+                done.revert()
+                layers = [error for path, error in errors.items() if "." in path]
+                return {"perplexity": after, "error": statistics.mean(layers), "seconds": seconds}
+
+            key = {**base, "config": config.model_dump(mode="json"), "calibration": windows, "seed": seed}
+            found.append(work.values(f"{name.replace(' ', '-').replace(',', '')}-{seed}", key, compute))
+            print(name, seed, found[-1], flush=True)
+        seconds = statistics.mean(one["seconds"] for one in found)
+        rows.append(_row(name, [one["perplexity"] for one in found], published, [one["error"] for one in found], seconds))
+    return rows
+
+
+def _row(name: str, values: Sequence[float], published: float | None, errors: Sequence[float], seconds: float) -> dict[str, Any]:
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "method": name,
+        "perplexity": statistics.mean(values),
+        "lowest": min(values),
+        "highest": max(values),
+        "seeds": len(values),
+        "prototype": published,
+        "layer error": statistics.mean(errors) if errors else None,
+        "processor seconds": seconds,
+    }
+
+
+def search_timing(repeats: int) -> tuple[dict[str, Any], bool]:
+    """The greedy search on (4096, 4096) with one massive token, beside the plain loop over all rows; and whether both find the same."""
+    x = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    x[100, 200] = 1000
+
+    def search(prune: bool) -> torch.Tensor:
+        return greedy_rotation(x, 128, 16, torch.Generator().manual_seed(1), prune=prune).rotation
+
+    timing = paired_seconds(lambda: search(True), lambda: search(False), repeats, clock=time.process_time)
+    task = "16 greedy steps on 4096 tokens of 4096 channels, one massive"
+    return {"task": task, "peer": "all rows in every step", **timing}, bool(torch.equal(search(True), search(False)))
+
+
+def relations(rows: Mapping[str, Mapping[str, Any]], same: bool, timing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = [
+        {
+            "id": "search",
+            "claim": "leaving out rows that cannot hold the peak finds the same rotation, at least 10 times faster",
+            "values": {"ratio": timing["ratio"], "same": float(same)},
+            "interval": (timing["ratio_low"], timing["ratio_high"]),
+            "holds": same and timing["ratio_low"] >= 10,
+        }
+    ]
+    order = ["nearest", "smoothquant", "smooth + one rotation", "duquant"]
+    if all(name in rows for name in order):
+        values = {name: rows[name]["perplexity"] for name in order}
+        falls = [rows[a]["lowest"] > rows[b]["highest"] for a, b in itertools.pairwise(order)]
+        claim = "perplexity at W4A4 falls from rounding to smoothing, one rotation, and DuQuant, for every seed"
+        found.append({"id": "order", "claim": claim, "values": values, "interval": None, "holds": all(falls)})
+    for name, limit in (("duquant + gptq, clip search", 40.0), ("duquant + gptq W4A8", 33.0)):
+        if name in rows:
+            row = rows[name]
+            found.append(
+                {
+                    "id": name,
+                    "claim": f"perplexity below {limit:g}",
+                    "values": {"perplexity": row["perplexity"]},
+                    "interval": (row["lowest"], row["highest"]),
+                    "holds": row["highest"] < limit,
+                }
+            )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    def extend(parser: Any) -> None:
+        parser.add_argument("--model", default="smollm2-135m-instruct", help="folder or name under TROCAR_MODELS")
+        parser.add_argument("--rows", nargs="*", default=None, help="only these rows of the table")
+        parser.add_argument("--seeds", type=int, default=3)
+
+    options = arguments("duquant", __doc__ or "", argv, extend)
+    torch.set_num_threads(1)
+    names = options.rows or (list(ROWS)[:2] if options.quick else list(ROWS))
+    seeds = range(1 if options.quick else options.seeds)
+    rows = real_rows(str(find_model(options.model)), names, seeds, Workspace(ROOT / "build" / "duquant"))
+    timing, same = search_timing(3 if options.quick else 7)
+    settings = {"window": WINDOW, "test windows": TEST_WINDOWS, "block size": 64, "search steps": 16}
+    write_result(
+        options.out, "duquant", list(seeds), settings, relations({row["method"]: row for row in rows}, same, timing), [timing], rows
+    )
+
+
+if __name__ == "__main__":
+    main()
