@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     names = options.rows or (list(ROWS)[:2] if options.quick else list(ROWS))
     seeds = range(1 if options.quick else options.seeds)
-    rows = real_rows(str(find_model(options.model)), names, seeds, Workspace(ROOT / "build" / "duquant"))
+    rows = real_rows(find_model(options.model).where, names, seeds, Workspace(ROOT / "build" / "duquant"))
     timing, same = search_timing(3 if options.quick else 7)
     settings = {"window": WINDOW, "test windows": TEST_WINDOWS, "block size": 64, "search steps": 16}
     write_result(

@@ -47,6 +47,11 @@ METHODS: dict[str, Entry] = {
         "adapt",
         "make one LoRA adapter of several, and measure every task without, with each alone, and merged",
     ),
+    "duquant": Entry(
+        "trocar.compress.duquant.recipe:METHOD",
+        "compress",
+        "quantise weights and activations to low bits after rotations and a permutation that spread outliers",
+    ),
 }
 
 

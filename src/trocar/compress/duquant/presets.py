@@ -53,10 +53,12 @@ def preset(name: str, bits: str = "W4A4", **changes: Any) -> DuQuantConfig:
     settings = {**PRESETS[name], **changes}
     take: Callable[..., Any] = settings.pop
     symmetric = take("symmetric", False)
-    weights = Weights(bits=int(found[1]), symmetric=symmetric, clip=take("clip", None), rounding=take("rounding", "nearest"))
-    activations = Activations(bits=int(found[2]), symmetric=symmetric, clip=take("activation_clip", None))
+    shaping = {"clip": take("clip", None), "rounding": take("rounding", "nearest")}
+    weights = Weights.parse({"bits": int(found[1]), "symmetric": symmetric, **shaping}, "weights")
+    clip = take("activation_clip", None)
+    activations = Activations.parse({"bits": int(found[2]), "symmetric": symmetric, "clip": clip}, "activations")
     chain = settings.pop("chain", Chain())
     places = {key: settings.pop(key) for key in ("block_size", "search_steps") if key in settings}
     if chain is not None:
-        chain = chain.model_copy(update=places)
-    return DuQuantConfig(weights=weights, activations=activations, chain=chain, **settings)
+        chain = Chain.parse({**chain.model_dump(), **places}, "chain")
+    return DuQuantConfig.parse({"weights": weights, "activations": activations, "chain": chain, **settings}, name)
