@@ -59,7 +59,7 @@ def test_a_recipe_from_folder_to_patch(folder: Path, tmp_path: Path) -> None:
 def test_a_dry_run_forecasts_and_too_little_text_is_refused(folder: Path, tmp_path: Path) -> None:
     forecast = run(parse_recipe(recipe(folder)), tmp_path / "dry", dry_run=True).forecast
     assert forecast is not None
-    assert forecast.seconds > 0
+    assert forecast.estimate.seconds > 0
     with pytest.raises(DataError, match="fewer than one window of 4096"):
         run(parse_recipe(recipe(folder, window_tokens=4096)), tmp_path / "short")
 
