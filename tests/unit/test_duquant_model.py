@@ -207,6 +207,24 @@ def test_learned_clips_lower_the_error_of_blocks_and_touch_no_rotation() -> None
     assert not torch.equal(one.code(), other.code())
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_inputs_that_do_not_fit_are_sampled_and_the_hessian_still_sees_all(rounding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for all rows a small `KEPT` changes nothing but memory; with fewer rows the error stays close."""
+    from trocar.compress.duquant import blocks
+
+    def errors(**settings: Any) -> list[float]:
+        model = planted()
+        config = DuQuantConfig(weights=Weights(rounding=rounding), chain=SMALL, **settings)
+        return list(quantise(model, tiny_inputs(model, rows=12, length=24), config).errors.values())
+
+    kept = errors()
+    monkeypatch.setattr(blocks, "KEPT", 0)
+    torch.testing.assert_close(errors(), kept, rtol=1e-3, atol=1e-4)
+    few = errors(rows=32)
+    assert few != kept
+    assert sum(few) < 1.2 * sum(kept)
+
+
 def test_kept_layers_get_their_bits() -> None:
     model = tiny_model("llama")
     done = quantise(model, tiny_inputs(model), DuQuantConfig(chain=SMALL, keep={"L1.mlp.down": 8, "L2.attn.q": 16}))

@@ -228,6 +228,29 @@ def test_planted_spikes_are_flattened_as_far_as_was_measured() -> None:
     assert 0.075 < errors[2] < 0.1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_smoothing_alone_ruins_the_weight_behind_a_massive_outlier_and_the_chain_heals_it(seed: int) -> None:
+    """The argument of the paper: relative error of 4-bit weights, and how many of them become zero."""
+    from trocar.patch.quantised import Quantiser
+    from trocar.patch.quantised import quantised as rounded
+
+    x, weight = torch.randn(512, 1024, generator=rng(seed)), torch.randn(128, 1024, generator=rng(seed + 9)) / 32
+    x[0, 7] = 3000
+    smooth = Transform(1024, smoothing_scale(x.abs().amax(0), weight.abs().amax(0), 0.6))
+
+    def measure(steps: tuple[str, ...]) -> tuple[float, float]:
+        turned = Transform(1024, smooth.scale, build_chain(smooth.online(x), Chain(steps=steps), rng(seed)).steps).weight(weight)  # type: ignore[arg-type]
+        close = rounded(turned, Quantiser())
+        return float((close - turned).norm() / turned.norm()), float((close == 0).float().mean())
+
+    plain = float((rounded(weight, Quantiser()) - weight).norm() / weight.norm())
+    (alone, zeros), (once, _), (whole, _) = measure(()), measure(("rotate",)), measure(("rotate", "permute", "rotate"))
+    assert alone > 2 * plain
+    assert alone > 2 * whole
+    assert alone > once > whole
+    assert zeros > 0.6
+
+
 def test_smoothing_scales_have_floors_and_leave_dead_channels() -> None:
     a, w = torch.tensor([0.0, 4.0, 1.0, 1e-9]), torch.tensor([1.0, 1.0, 0.0, 1.0])
     torch.testing.assert_close(smoothing_scale(a, w, 0.5), torch.tensor([1.0, 2.0, 1.0, 0.01]))

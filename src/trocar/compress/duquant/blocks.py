@@ -21,6 +21,7 @@ from trocar.core.errors import DataError, UnsupportedModelError
 from trocar.core.seeds import generator
 from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform
 
+KEPT = 1 << 30  # bytes of a group's input that are held at once
 FOLD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # of a block's output; half precision: 3e-2
 
 
@@ -160,9 +161,9 @@ def quantise_group(
     """
     if _float_group(group, config):
         return {}
-    block = staged.tower.blocks[staged.layer]
     stream = generator(seed, "duquant", group)
-    rows = streams.sample(_inputs(staged, group, current), config.rows, stream)
+    parts = _inputs(staged, group, current, config.rows, stream)
+    rows = streams.sample(parts, config.rows, stream)
     channels = rows.shape[1]
     scaled = rows if scale is None else rows / scale.to(rows)
     transform = build_chain(scaled, config.chain, stream, name=staged.tower.path(staged.layer, group.roles[0]))
@@ -177,7 +178,8 @@ def quantise_group(
     bases = {role: transform.weight(staged.layers[role].get_buffer("values")) for role in group.roles}
     hessian = None
     if config.weights.rounding == "gptq" and not weights.is_float:
-        hessian = _hessian(block, staged, group, current, shared)
+        whole = sum(len(part) for part in parts) == sum(batch.positions for batch in current)
+        hessian = _hessian(staged, group, current, shared, parts if whole else None)
     for number, role in enumerate(group.roles):
         old = staged.layers[role]
         content = bases[role] if weights.is_float else rounded(bases[role], weights, config, hessian)
@@ -198,24 +200,37 @@ def _float_group(group: Group, config: DuQuantConfig) -> bool:
     return kept == 16 or (config.weights.bits == 16 and config.activations.bits == 16 and config.chain is None and config.smoothing is None)
 
 
-def _inputs(staged: Staged, group: Group, batches: Sequence[Batch]) -> list[torch.Tensor]:
+def _inputs(staged: Staged, group: Group, batches: Sequence[Batch], limit: int, stream: torch.Generator) -> list[torch.Tensor]:
+    """The group's input, by batch; of more than fits into KEPT bytes a sample of each batch that together are about `limit` rows."""
+    first = {group.name: staged.layers[group.roles[0]]}
+    columns = staged.layers[group.roles[0]].in_features
+    total = sum(batch.positions for batch in batches)
     parts: list[torch.Tensor] = []
+
+    def see(name: str, rows: torch.Tensor) -> None:
+        share = len(rows) if 4 * total * columns <= KEPT else max(2, -(-limit * len(rows) // total))
+        parts.append(streams.sample([rows], share, stream))
+
     for batch in batches:
-        first = {group.name: staged.layers[group.roles[0]]}
-        streams.watch(staged.tower.blocks[staged.layer], staged.layer, batch, first, lambda name, rows: parts.append(rows), stop=True)
+        streams.watch(staged.tower.blocks[staged.layer], staged.layer, batch, first, see, stop=True)
     return parts
 
 
-def _hessian(block: nn.Module, staged: Staged, group: Group, batches: Sequence[Batch], shared: GroupInput) -> torch.Tensor:
-    """The sum of x^T x over the group's quantised inputs, (C, C)."""
+def _hessian(
+    staged: Staged, group: Group, batches: Sequence[Batch], shared: GroupInput, parts: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
+    """The sum of x^T x over the group's quantised inputs, (C, C). parts: all of the input, if it was kept."""
     total = torch.zeros(shared.channels, shared.channels, device=next(iter(shared.buffers()), batches[0].hidden).device)
 
     def see(name: str, rows: torch.Tensor) -> None:
         turned = shared._values(rows).float()
         total.addmm_(turned.T, turned)
 
-    for batch in batches:
-        streams.watch(block, staged.layer, batch, {group.name: staged.layers[group.roles[0]]}, see, stop=True)
+    for part in parts or ():
+        see(group.name, part)
+    for batch in batches if parts is None else ():
+        first = {group.name: staged.layers[group.roles[0]]}
+        streams.watch(staged.tower.blocks[staged.layer], staged.layer, batch, first, see, stop=True)
     return total
 
 

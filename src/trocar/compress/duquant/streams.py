@@ -29,6 +29,11 @@ class Batch:
     def entering(self, hidden: torch.Tensor) -> Batch:
         return replace(self, hidden=hidden)
 
+    @property
+    def positions(self) -> int:
+        """How many positions are not padding."""
+        return self.hidden.shape[0] * self.hidden.shape[1] if self.real is None else int(self.real.sum())
+
     def only_real(self, x: torch.Tensor) -> torch.Tensor:
         """Values of a layer, of any leading shape, as rows without padding."""
         rows = x.reshape(-1, x.shape[-1])
