@@ -10,7 +10,9 @@ import torch
 from trocar.anatomy import TINY, Anatomy, tiny_inputs, tiny_model
 from trocar.anatomy.tiny import tower_inputs
 from trocar.compress.duquant import Activations, Chain, DuQuantConfig, Learning, Smoothing, Weights, groups, quantise
+from trocar.compress.duquant.moments import _row_weights, activation_clip
 from trocar.core.errors import ConfigError, DataError, UnsupportedModelError
+from trocar.patch.quantised import Quantiser, quantised
 
 SMALL = Chain(block_size=8, search_steps=4)
 FLOAT = DuQuantConfig(weights=Weights(bits=16), activations=Activations(bits=16), chain=SMALL)
@@ -174,7 +176,7 @@ def test_the_same_seed_gives_the_same_codes_and_another_other_ones() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "gptaq"])
 @pytest.mark.parametrize("clip", [None, "search"])
 def test_gptq_and_clip_search_lower_the_error_of_blocks(rounding: Any, clip: Any) -> None:
     def block_error(**weights: Any) -> float:
@@ -207,10 +209,10 @@ def test_learned_clips_lower_the_error_of_blocks_and_touch_no_rotation() -> None
     assert not torch.equal(one.code(), other.code())
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "gptaq"])
 def test_inputs_that_do_not_fit_are_sampled_and_the_hessian_still_sees_all(rounding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for all rows a small `KEPT` changes nothing but memory; with fewer rows the error stays close."""
-    from trocar.compress.duquant import blocks
+    from trocar.compress.duquant import moments
 
     def errors(**settings: Any) -> list[float]:
         model = planted()
@@ -218,11 +220,54 @@ def test_inputs_that_do_not_fit_are_sampled_and_the_hessian_still_sees_all(round
         return list(quantise(model, tiny_inputs(model, rows=12, length=24), config).errors.values())
 
     kept = errors()
-    monkeypatch.setattr(blocks, "KEPT", 0)
+    monkeypatch.setattr(moments, "KEPT", 0)
     torch.testing.assert_close(errors(), kept, rtol=1e-3, atol=1e-4)
     few = errors(rows=32)
     assert few != kept
     assert sum(few) < 1.2 * sum(kept)
+
+
+def test_aiming_at_the_float_model_makes_good_what_activations_lose() -> None:
+    """Errors of whole blocks, the float model's beside the quantised one's, with activations of few bits."""
+
+    def last(rounding: Any) -> float:
+        model = planted()
+        config = DuQuantConfig(weights=Weights(rounding=rounding), activations=Activations(bits=3, clip="search"), chain=SMALL)
+        return quantise(model, tiny_inputs(model, rows=32, length=24), config).errors["L2"]
+
+    assert last("gptaq") < 0.97 * last("gptq")
+
+
+def test_activations_get_the_clip_that_is_best_on_calibration() -> None:
+    model = planted()
+    done = quantise(
+        model, tiny_inputs(model, rows=8, length=24), DuQuantConfig(activations=Activations(bits=3, clip="search"), chain=SMALL)
+    )
+    ratios = {layer.shared.quantiser.clip for layer in done.layers.values()}
+    assert len(ratios) > 1
+    assert min(ratios) < 1
+
+
+def test_the_best_clip_of_activations_counts_every_row_alike() -> None:
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    quantiser = Quantiser(bits=4)
+    chosen = activation_clip(x, quantiser)
+    long = torch.cat([x, 1e6 * torch.eye(256)[:1]])  # a lone spike is exact without a clip, and by its size alone it would decide
+    assert chosen < 1
+    assert activation_clip(long, quantiser) < 1
+
+    def error(ratio: float) -> float:
+        return float((quantised(x, quantiser, ratio) - x).square().sum())
+
+    assert error(chosen) < min(error(chosen - 0.1), error(min(1.0, chosen + 0.1)))
+
+
+def test_long_rows_count_no_more_than_they_are_allowed_to() -> None:
+    x = torch.ones(9, 4)
+    x[0] = 1000
+    weights = _row_weights(x, 4.0)
+    torch.testing.assert_close((x * weights**0.5).norm(dim=1), torch.tensor([8.0] + [2.0] * 8))
+    assert _row_weights(x, None) == 1.0
 
 
 def test_kept_layers_get_their_bits() -> None:
@@ -301,6 +346,8 @@ def test_a_reader_of_the_norm_that_nobody_knew_of_is_found() -> None:
         ({"weights": {"bits": 16, "rounding": "gptq"}}, "16 bits stay as they are"),
         ({"weights": {"clip": 1.5}}, "clip ratio"),
         ({"weights": {"clip": "learned", "rounding": "gptq"}}, "learned clip needs rounding to nearest"),
+        ({"weights": {"rounding": "gptaq"}, "calibration": "mean"}, "real rows of both models"),
+        ({"activations": {"clip": 0.0}}, "clip ratio"),
         ({"chain": {"block_sise": 8}}, "block_size"),
         ({"activations": {"bits": 1}}, "activations.bits"),
     ],

@@ -15,13 +15,14 @@ from trocar.compress.duquant.chains import build_chain, largest, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import Group, Staged, fold, groups, multiply, scale_of_values, stage, to_heads, wanted_bits
 from trocar.compress.duquant.learning import learn_clips
-from trocar.compress.duquant.rounding import Codes, best_clip, gptq, nearest
+from trocar.compress.duquant.moments import Moments, activation_clip, group_inputs, moments
+from trocar.compress.duquant.rounding import Codes, best_clip, gptq, nearest, towards
 from trocar.compress.duquant.streams import Batch
 from trocar.core.errors import DataError, UnsupportedModelError
 from trocar.core.seeds import generator
 from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform
 
-KEPT = 1 << 30  # bytes of a group's input that are held at once
+CLIP_ROWS = 2048  # about how many rows the search for a clip of activations looks at
 FOLD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # of a block's output; half precision: 3e-2
 
 
@@ -61,13 +62,13 @@ def quantise_block(
         online = smooth(staged, found, seen, config)
         _check_folds(staged, reference, seen, config)
         samples = _samples(staged, found, reference)
-        floats = {role: module.get_buffer("values") for role, module in staged.layers.items()}
+        staged.floats = dict(staged.layers)
         bases = {}
         for group in found:
-            bases[group.name] = quantise_group(staged, group, online.get(group.name), current, config, seed)
+            bases[group.name] = quantise_group(staged, group, online.get(group.name), reference, current, config, seed)
         if config.weights.clip == "learned":
             learn_clips(block, layer, staged.layers, bases, current, seen.outputs, config)
-        errors = _errors(staged, found, samples, floats, online)
+        errors = _errors(staged, found, samples)
         with torch.no_grad():
             after = [batch.entering(streams.run(block, layer, batch)) for batch in current]
         following = [batch.entering(out) for batch, out in zip(reference, seen.outputs, strict=True)]
@@ -153,7 +154,13 @@ def smooth(staged: Staged, found: Sequence[Group], seen: Statistics, config: DuQ
 
 
 def quantise_group(
-    staged: Staged, group: Group, scale: torch.Tensor | None, current: list[Batch], config: DuQuantConfig, seed: int
+    staged: Staged,
+    group: Group,
+    scale: torch.Tensor | None,
+    reference: Sequence[Batch],
+    current: Sequence[Batch],
+    config: DuQuantConfig,
+    seed: int,
 ) -> dict[str, torch.Tensor]:
     """Find the group's transform on its input in the model as it is quantised so far, round its weights, put the layers in place.
 
@@ -162,76 +169,48 @@ def quantise_group(
     if _float_group(group, config):
         return {}
     stream = generator(seed, "duquant", group)
-    parts = _inputs(staged, group, current, config.rows, stream)
+    parts = group_inputs(staged, group, current, config.rows, stream)
     rows = streams.sample(parts, config.rows, stream)
     channels = rows.shape[1]
     scaled = rows if scale is None else rows / scale.to(rows)
     transform = build_chain(scaled, config.chain, stream, name=staged.tower.path(staged.layer, group.roles[0]))
-    transform = Transform(channels, scale, transform.steps)
+    transform = Transform(channels, scale, transform.steps).to(torch.float32)
     bits = wanted_bits(group, config.keep)
     activations, weights = config.activations.quantiser(channels), config.weights.quantiser(channels)
     if bits is not None:
         activations = activations.model_copy(update={"bits": max(bits, activations.bits), "clip": 1.0})
         weights = weights.model_copy(update={"bits": max(bits, weights.bits), "clip": 1.0})
-    device = rows.device
-    shared = GroupInput(transform.to(torch.float32), activations, readers=len(group.roles)).to(device)
+    if config.activations.clip == "search" and not activations.is_float:
+        every = torch.cat([part[:: max(1, len(part) * len(parts) // CLIP_ROWS)] for part in parts])
+        activations = activations.model_copy(update={"clip": activation_clip(transform.online(every.float()), activations)})
+    shared = GroupInput(transform, activations, readers=len(group.roles)).to(rows.device)
     bases = {role: transform.weight(staged.layers[role].get_buffer("values")) for role in group.roles}
-    hessian = None
-    if config.weights.rounding == "gptq" and not weights.is_float:
-        whole = sum(len(part) for part in parts) == sum(batch.positions for batch in current)
-        hessian = _hessian(staged, group, current, shared, parts if whole else None)
+    seen = None
+    if config.weights.rounding != "nearest" and not weights.is_float:
+        seen = moments(
+            staged, group, current, shared, parts, reference if config.weights.rounding == "gptaq" else None, config.weights.reach
+        )
     for number, role in enumerate(group.roles):
         old = staged.layers[role]
-        content = bases[role] if weights.is_float else rounded(bases[role], weights, config, hessian)
-        new = QuantisedLinear(shared, weights, content, old.bias, owner=number == 0).to(device)
-        staged.exchange(staged.tower.path(staged.layer, role), new)
-        staged.layers[role] = new
+        content = bases[role] if weights.is_float else rounded(bases[role], weights, config, seen)
+        new = QuantisedLinear(shared, weights, content, old.bias, owner=number == 0).to(rows.device)
+        staged.place(role, new)
     return bases
 
 
-def rounded(weight: torch.Tensor, quantiser: Quantiser, config: DuQuantConfig, hessian: torch.Tensor | None) -> Codes:
+def rounded(weight: torch.Tensor, quantiser: Quantiser, config: DuQuantConfig, seen: Moments | None) -> Codes:
     """Codes of a weight as the settings ask for it."""
-    clip = best_clip(weight, quantiser) if config.weights.clip == "search" else None
-    return nearest(weight, quantiser, clip) if hessian is None else gptq(weight, hessian, quantiser, clip)
+    if seen is not None and seen.cross is not None:
+        weight = towards(weight, seen.hessian, seen.cross)
+    clip = None
+    if config.weights.clip == "search":
+        clip = best_clip(weight, quantiser, None if seen is None else seen.hessian.diagonal())
+    return nearest(weight, quantiser, clip) if seen is None else gptq(weight, seen.hessian, quantiser, clip)
 
 
 def _float_group(group: Group, config: DuQuantConfig) -> bool:
     kept = wanted_bits(group, config.keep)
     return kept == 16 or (config.weights.bits == 16 and config.activations.bits == 16 and config.chain is None and config.smoothing is None)
-
-
-def _inputs(staged: Staged, group: Group, batches: Sequence[Batch], limit: int, stream: torch.Generator) -> list[torch.Tensor]:
-    """The group's input, by batch; of more than fits into KEPT bytes a sample of each batch that together are about `limit` rows."""
-    first = {group.name: staged.layers[group.roles[0]]}
-    columns = staged.layers[group.roles[0]].in_features
-    total = sum(batch.positions for batch in batches)
-    parts: list[torch.Tensor] = []
-
-    def see(name: str, rows: torch.Tensor) -> None:
-        share = len(rows) if 4 * total * columns <= KEPT else max(2, -(-limit * len(rows) // total))
-        parts.append(streams.sample([rows], share, stream))
-
-    for batch in batches:
-        streams.watch(staged.tower.blocks[staged.layer], staged.layer, batch, first, see, stop=True)
-    return parts
-
-
-def _hessian(
-    staged: Staged, group: Group, batches: Sequence[Batch], shared: GroupInput, parts: Sequence[torch.Tensor] | None
-) -> torch.Tensor:
-    """The sum of x^T x over the group's quantised inputs, (C, C). parts: all of the input, if it was kept."""
-    total = torch.zeros(shared.channels, shared.channels, device=next(iter(shared.buffers()), batches[0].hidden).device)
-
-    def see(name: str, rows: torch.Tensor) -> None:
-        turned = shared._values(rows).float()
-        total.addmm_(turned.T, turned)
-
-    for part in parts or ():
-        see(group.name, part)
-    for batch in batches if parts is None else ():
-        first = {group.name: staged.layers[group.roles[0]]}
-        streams.watch(staged.tower.blocks[staged.layer], staged.layer, batch, first, see, stop=True)
-    return total
 
 
 def _check_folds(staged: Staged, reference: Sequence[Batch], seen: Statistics, config: DuQuantConfig) -> None:
@@ -263,13 +242,7 @@ def _samples(staged: Staged, found: Sequence[Group], reference: Sequence[Batch],
     return rows
 
 
-def _errors(
-    staged: Staged,
-    found: Sequence[Group],
-    samples: Mapping[str, torch.Tensor],
-    floats: Mapping[str, torch.Tensor],
-    online: Mapping[str, torch.Tensor],
-) -> dict[str, float]:
+def _errors(staged: Staged, found: Sequence[Group], samples: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """||quantised output - float output|| / ||float output|| of every layer, biases left out."""
     errors = {}
     with torch.no_grad():
@@ -277,7 +250,7 @@ def _errors(
             x = samples[group.name].float()
             for role in group.roles:
                 layer = staged.layers[role]
-                right = x @ floats[role].T
+                right = x @ staged.floats[role].get_buffer("values").T
                 bias = 0 if layer.bias is None else layer.bias
                 errors[staged.tower.path(staged.layer, role)] = float((layer(x) - bias - right).norm() / right.norm())
     return errors

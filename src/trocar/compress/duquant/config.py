@@ -15,22 +15,25 @@ WIDE_ROW = 2048  # rows from which on the paper's clip ratios help; on shorter o
 class Weights(Config):
     """Weights: bits, 16 = float; clip: part of each row's range that is covered, `search` for each row's own by least squared error,
     `learned` for a low and a high end per row, trained block by block; None: 0.8 (paper, section 5) at 4 bits on rows of 2048 columns or
-    more, else 1. rounding: `nearest`, or `gptq`, which corrects the columns still to come for the error of those that were rounded."""
+    more, else 1. rounding: `nearest`; `gptq`, which corrects the columns still to come for the error of those that were rounded; `gptaq`,
+    which also aims at the outputs of the float model, so that it makes good what went wrong before the layer and in its input. reach: for
+    both, input rows count as if they were at most this many times as long as the median row; None: as long as they are."""
 
     bits: int = pydantic.Field(default=4, ge=2, le=16)
     symmetric: bool = False
     group: int | None = pydantic.Field(default=None, ge=1)
     clip: float | Literal["search", "learned"] | None = None
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq", "gptaq"] = "nearest"
+    reach: float | None = pydantic.Field(default=None, ge=1)
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Weights:
         if self.bits == 16 and (self.clip in ("search", "learned") or self.rounding != "nearest"):
-            raise ValueError("weights of 16 bits stay as they are: no clip, no gptq")
+            raise ValueError("weights of 16 bits stay as they are: no clip, no gptq, no gptaq")
         if isinstance(self.clip, float) and not 0 < self.clip <= 1:
             raise ValueError("a clip ratio lies above 0 and at most at 1")
-        if self.clip == "learned" and self.rounding == "gptq":
-            raise ValueError("a learned clip needs rounding to nearest; use clip: search with gptq")
+        if self.clip == "learned" and self.rounding != "nearest":
+            raise ValueError(f"a learned clip needs rounding to nearest; use clip: search with {self.rounding}")
         return self
 
     def quantiser(self, columns: int) -> Quantiser:
@@ -38,11 +41,18 @@ class Weights(Config):
 
 
 class Activations(Config):
-    """Activations, per token, found as they come. clip: as for weights; None: 0.9 (paper, section 5) at 4 bits on 2048 channels or more."""
+    """Activations, per token, found as they come. clip: part of each token's range that is covered; `search` for one ratio for each
+    group, the best on calibration; None: 0.9 (paper, section 5) at 4 bits on 2048 channels or more, else 1."""
 
     bits: int = pydantic.Field(default=4, ge=2, le=16)
     symmetric: bool = False
-    clip: float | None = pydantic.Field(default=None, gt=0, le=1)
+    clip: float | Literal["search"] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Activations:
+        if isinstance(self.clip, float) and not 0 < self.clip <= 1:
+            raise ValueError("a clip ratio lies above 0 and at most at 1")
+        return self
 
     def quantiser(self, channels: int) -> Quantiser:
         return Quantiser(bits=self.bits, symmetric=self.symmetric, clip=_ratio(self.clip, self.bits, channels, 0.9))
@@ -104,6 +114,12 @@ class DuQuantConfig(Config):
     rows: int = pydantic.Field(default=4096, ge=1)
     calibration: Literal["rows", "mean"] = "rows"
     batch_size: int = pydantic.Field(default=4, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> DuQuantConfig:
+        if self.calibration == "mean" and self.weights.rounding == "gptaq":
+            raise ValueError("gptaq compares real rows of both models; use calibration: rows")
+        return self
 
 
 def _ratio(clip: object, bits: int, columns: int, papers: float) -> float:

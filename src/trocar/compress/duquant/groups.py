@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ def groups(tower: Tower, layer: int) -> list[Group]:
 class Staged:
     """A block whose linear layers were exchanged for float stand-ins that may be changed, the originals untouched.
 
-    layers: by role; taken: (path, original) of every exchanged module; views: of v and up, for their rows in fused projections.
+    layers: by role, those in place now; floats: the stand-ins with smoothed weights, for a look at the float block later on; taken: (path,
+    original) of every exchanged module; views: of v and up, for their rows in fused projections.
     """
 
     anatomy: Anatomy
@@ -83,6 +84,12 @@ class Staged:
     layers: dict[str, QuantisedLinear]
     taken: list[tuple[str, nn.Module]]
     views: dict[str, LinearView]
+    floats: dict[str, QuantisedLinear] = field(default_factory=dict)
+
+    def place(self, role: str, layer: QuantisedLinear) -> None:
+        """Make `layer` the one of its role."""
+        self.layers[role] = layer
+        self.exchange(self.tower.path(self.layer, role), layer)
 
     def exchange(self, path: str, module: nn.Module) -> None:
         """Put `module` at `path`, remembering what the model came with."""
@@ -116,8 +123,7 @@ def stage(anatomy: Anatomy, tower: Tower, layer: int) -> Staged:
                 )
             weight = module.weight.detach()
             weight = weight.T if tower._transposed[layer, role] else weight
-            staged.layers[role] = stand_in(weight.float().contiguous(), None if module.bias is None else module.bias.detach().float())
-            staged.exchange(path, staged.layers[role])
+            staged.place(role, stand_in(weight.float().contiguous(), None if module.bias is None else module.bias.detach().float()))
     return staged
 
 

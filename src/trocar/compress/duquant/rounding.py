@@ -1,4 +1,4 @@
-"""How a weight's codes are chosen: nearest, each row's best clip, GPTQ. Floor 5."""
+"""How a weight's codes are chosen: nearest, each row's best clip, GPTQ, GPTQ towards the float model. Floor 5."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def best_clip(
         better = total < best
         best, chosen = torch.where(better, total, best), torch.where(better, ratio, chosen)
     return chosen
+
+
+def towards(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """The weight whose products with the quantised model's inputs x come nearest to the float layer's products with the float model's f.
+
+    W + W (sum (f - x)^T x) H^-1 with H = sum x^T x, damped as in GPTQ so that nothing moves where there are no inputs. What is left of the
+    squared error is (W' - rounded) H (W' - rounded)^T, which GPTQ then minimises: the aim of GPTAQ (arXiv 2504.02692), reached by least
+    squares before the columns are rounded, rather than column by column. weight (O, C); hessian, cross (C, C).
+    """
+    lower = torch.linalg.cholesky(_damped(hessian, damping))
+    moved = torch.cholesky_solve((weight.double() @ cross.double()).T, lower).T
+    return (weight.double() + moved).to(weight.dtype)
 
 
 def gptq(
@@ -86,13 +98,17 @@ def gptq(
 
 def _inverse_factor(h: torch.Tensor, damping: float) -> torch.Tensor:
     """The upper Cholesky factor of the inverse of h, damped until it exists."""
-    h = h.double()
-    mean = h.diagonal().mean()
     for attempt in range(6):
-        damped = h + torch.eye(h.shape[0], dtype=h.dtype, device=h.device) * (damping * 10**attempt * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(_damped(h, damping * 10**attempt))
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper.float()
     raise EditError("The Hessian of a layer's inputs is not positive definite.", "Give more calibration text, or rounding: nearest.")
+
+
+def _damped(h: torch.Tensor, damping: float) -> torch.Tensor:
+    """h in float64 with a part of its mean diagonal added to the diagonal; the identity where h is zero."""
+    h = h.double()
+    mean = h.diagonal().mean()
+    return h + torch.eye(h.shape[0], dtype=h.dtype, device=h.device) * (damping * mean if mean > 0 else 1.0)
