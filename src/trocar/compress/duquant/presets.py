@@ -34,13 +34,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "duquant": {},
     "duquant-clip": {"clip": "search"},
     "duquant-gptq": {"clip": "search", "rounding": "gptq"},
+    "duquant-gptaq": {"clip": "search", "rounding": "gptaq", "reach": 4.0, "activation_clip": "search"},
     "duquant-lwc": {"smoothing": Smoothing(alpha=0.5), "clip": "learned"},
 }
 
 
 def preset(name: str, bits: str = "W4A4", **changes: Any) -> DuQuantConfig:
     """The settings of a method at some bits (`W4A4`, `W4A16`, ...). changes: further settings, and `block_size`, `search_steps`, `clip`
-    (weights), `rounding`, `activation_clip` and `symmetric` where they belong.
+    (weights), `rounding`, `reach`, `activation_clip` and `symmetric` where they belong.
 
     "quarot" is one Hadamard rotation over all channels in front of every layer, without folding it through the residual stream: the same
     arithmetic in front of the quantisers, not the same speed. Raises ConfigError for a name or bits that do not exist.
@@ -53,7 +54,7 @@ def preset(name: str, bits: str = "W4A4", **changes: Any) -> DuQuantConfig:
     settings = {**PRESETS[name], **changes}
     take: Callable[..., Any] = settings.pop
     symmetric = take("symmetric", False)
-    shaping = {"clip": take("clip", None), "rounding": take("rounding", "nearest")}
+    shaping = {"clip": take("clip", None), "rounding": take("rounding", "nearest"), "reach": take("reach", None)}
     weights = Weights.parse({"bits": int(found[1]), "symmetric": symmetric, **shaping}, "weights")
     clip = take("activation_clip", None)
     activations = Activations.parse({"bits": int(found[2]), "symmetric": symmetric, "clip": clip}, "activations")
