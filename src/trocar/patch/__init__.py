@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trocar.patch.ops import KINDS, Op
     from trocar.patch.ops.adapter import Adapter, Factors
     from trocar.patch.ops.gate import Gate
+    from trocar.patch.ops.heads import RoundHeads
     from trocar.patch.ops.low_rank import LowRank
     from trocar.patch.ops.quantise import Quantise
     from trocar.patch.ops.remove import Remove
@@ -37,6 +38,7 @@ _HOMES = {
     "ops": ("KINDS", "Op"),
     "ops.adapter": ("Adapter", "Factors"),
     "ops.gate": ("Gate",),
+    "ops.heads": ("RoundHeads",),
     "ops.low_rank": ("LowRank",),
     "ops.quantise": ("Quantise",),
     "ops.remove": ("Remove",),
@@ -49,8 +51,8 @@ _HOMES = {
 }
 __all__ = [
     "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Overlap",
-    "Patch", "Quantise", "Remove", "ScaleAt", "SparseReplace", "Stack", "attached", "diff", "export", "merge_into", "read_header", "stack",
-    "wrapped",
+    "Patch", "Quantise", "Remove", "RoundHeads", "ScaleAt", "SparseReplace", "Stack", "attached", "diff", "export", "merge_into",
+    "read_header", "stack", "wrapped",
 ]  # fmt: skip
 
 __getattr__ = lazy(__name__, _HOMES)

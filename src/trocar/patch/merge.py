@@ -30,6 +30,7 @@ from trocar.patch.checkpoint import (
 )
 from trocar.patch.checkpoint import shards as shards_of
 from trocar.patch.checkpoint import skeleton as skeleton_of
+from trocar.patch.ops.heads import RoundHeads
 from trocar.patch.ops.quantise import Quantise
 from trocar.patch.ops.remove import Remove, Surgery
 from trocar.patch.ops.scale import ScaleAt
@@ -126,6 +127,10 @@ def written(op: Any, target: Target) -> Any:
         raise ExportError(
             f"{op.record().where()} are scaled at positions {op.positions or 'all'} while the model runs.",
             "Use Gate to scale them everywhere, in the weights, or ship the patch file itself.",
+        )
+    if isinstance(op, RoundHeads):
+        raise ExportError(
+            f"{op.record().where()} is rounded to {op.bits} bits while the model runs.", "Quantise with attention: null, or ship the patch."
         )
     if isinstance(op, AddVector):
         return [bias_step(op, target)]

@@ -6,8 +6,9 @@ from trocar.compress.duquant.config import Activations, Chain, DuQuantConfig, Le
 from trocar.compress.duquant.groups import Group, groups
 from trocar.compress.duquant.model import QuantisedModel, quantise
 from trocar.compress.duquant.presets import PRESETS, preset
-from trocar.compress.duquant.rotation import base_matrix, greedy_rotation, hadamard, random_orthogonal, zigzag
+from trocar.compress.duquant.rotation import base_matrix, greedy_rotation, random_orthogonal, zigzag
 from trocar.compress.duquant.rounding import best_clip, gptq, nearest
+from trocar.patch.quantised import hadamard
 
 __all__ = [
     "PRESETS",

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from trocar.compress.duquant.config import Chain
-from trocar.compress.duquant.rotation import greedy_rotation, hadamard, random_orthogonal, zigzag
+from trocar.compress.duquant.rotation import greedy_rotation, random_orthogonal, zigzag
 from trocar.core.errors import ConfigError
-from trocar.patch.quantised import Transform
+from trocar.patch.quantised import Transform, hadamard, largest_hadamard
 from trocar.patch.quantised.transform import rotate
 
 LARGEST_BLOCK = 128  # paper, section 5
@@ -74,17 +74,7 @@ def _rotation(x: torch.Tensor, chain: Chain, size: int, generator: torch.Generat
         return torch.stack(found) if chain.per_block else found[0]
     if chain.rotation == "random":
         return random_orthogonal(size, generator)
-    return hadamard(size) if chain.rotation == "hadamard" else hadamard(_largest_hadamard(x.shape[-1]))
-
-
-def _largest_hadamard(channels: int) -> int:
-    for size in (channels // part for part in range(1, channels + 1) if channels % part == 0):
-        try:
-            hadamard(size)
-        except ConfigError:
-            continue
-        return size
-    raise AssertionError("size 1 always has one")
+    return hadamard(size) if chain.rotation == "hadamard" else largest_hadamard(x.shape[-1])
 
 
 def _permutation(x: torch.Tensor, chain: Chain, size: int, generator: torch.Generator) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trocar.core.progress import track
 from trocar.core.workspace import Workspace
 from trocar.patch.checkpoint import copy_others, entries, read_tensor, saved_names, shards, skeleton, spellings
 from trocar.patch.ops.quantise import Quantise, QuantiseRecord, one_per_input
+from trocar.patch.quantised import RoundedHeads
 from trocar.patch.record import dtype_code
 
 ABOUT, REST = "quantised.json", "rest.safetensors"
@@ -159,8 +161,11 @@ class _Driver:
         tower = anatomy.tower()
         self.path = tower.blocks_path
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        self.reference = streams.enter(anatomy, tower, inputs, config.batch_size)
-        self.current = self.reference if config.calibration == "rows" else streams.averaged(anatomy, tower, inputs, self.reference)
+        self.reference, self.current = streams.both(anatomy, tower, inputs, config)
+        if config.attention is not None:
+            heads = RoundedHeads(tower, config.attention, on=False)
+            heads.install()
+            self.current = [replace(batch, heads=heads) for batch in self.current]
         self.at = 0
 
     def block(self, layer: int) -> dict[str, torch.Tensor]:
@@ -245,12 +250,14 @@ def load_quantised(folder: str | os.PathLike[str], device: Any = "cpu") -> Any:
     try:
         about = read_json(folder / ABOUT)
         good = about["format"] == FORMAT and about["version"] == VERSION
-        blocks, path = int(about["blocks"]), str(about["blocks_path"])
+        blocks, path, attention = int(about["blocks"]), str(about["blocks_path"]), about["settings"]["attention"]
+        good = good and (attention is None or attention in range(2, 16))
     except (OSError, ValueError, KeyError, TypeError):
-        good, blocks, path = False, 0, ""
+        good, blocks, path, attention = False, 0, "", None
     if not good:
         raise DataError(f"{folder} is not a quantised checkpoint of version {VERSION}.", "Make one with quantise_checkpoint.")
     model = empty_model(folder)
+    tower = Anatomy.of(model).tower()
     for name, value in _read(folder / REST).items():
         _set(model, name, value)
     model.tie_weights()
@@ -280,6 +287,8 @@ def load_quantised(folder: str | os.PathLike[str], device: Any = "cpu") -> Any:
     left = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if left:
         raise DataError(f"{folder} has no values for {left[0]} ({len(left)} parameters).", "Make it again.")
+    if attention is not None:
+        RoundedHeads(tower, attention).install()
     return model.to(device).eval()
 
 

@@ -99,16 +99,18 @@ class Learning(Config):
 class DuQuantConfig(Config):
     """Everything that decides what a quantised model computes.
 
-    smoothing, chain: None leaves them out (both None: round to nearest). keep: roles of groups by component, `L1.mlp.down: 8`, whose
-    weights and activations get these bits (16 = left alone). rows: most tokens of the calibration input that a group looks at; of a
-    longer input half are those with the largest entries. calibration: real `rows`, or the position-wise `mean` over windows (paper).
-    batch_size: windows that run together.
+    smoothing, chain: None leaves them out (both None: round to nearest). attention: bits of queries, keys and values (after the rotary
+    embedding; queries and keys turned by a Hadamard matrix of the head), None: float. keep: roles of groups by component,
+    `L1.mlp.down: 8`, whose weights and activations get these bits (16 = left alone). rows: most tokens of the calibration input that a
+    group looks at; of a longer input half are those with the largest entries. calibration: real `rows`, or the position-wise `mean` over
+    windows (paper). batch_size: windows that run together.
     """
 
     weights: Weights = Weights()
     activations: Activations = Activations()
     smoothing: Smoothing | None = Smoothing()
     chain: Chain | None = Chain()
+    attention: int | None = pydantic.Field(default=None, ge=2, le=15)
     learning: Learning = Learning()
     keep: dict[str, int] = pydantic.Field(default_factory=dict)
     rows: int = pydantic.Field(default=4096, ge=1)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from trocar.anatomy import Anatomy
+from trocar.anatomy import Anatomy, Tower
 from trocar.compress.duquant import streams
 from trocar.compress.duquant.blocks import BlockResult, quantise_block
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import check_keep, groups, put
 from trocar.core.progress import track
 from trocar.evaluate.forward import evaluating
-from trocar.patch import Op, Patch, SparseReplace
+from trocar.patch import Op, Patch, RoundHeads, SparseReplace
 from trocar.patch.ops.quantise import one_per_input
-from trocar.patch.quantised import QuantisedLinear
+from trocar.patch.quantised import QuantisedLinear, RoundedHeads
 
 
 @dataclass
@@ -26,7 +26,9 @@ class QuantisedModel:
     """A model whose blocks were quantised in place. `revert` puts the very modules back that were there."""
 
     anatomy: Anatomy
+    tower: Tower
     blocks: list[BlockResult] = field(default_factory=list)
+    heads: RoundedHeads | None = None
 
     @property
     def layers(self) -> dict[str, QuantisedLinear]:
@@ -52,7 +54,7 @@ class QuantisedModel:
                     op = SparseReplace.between(f"{path}.{name}", old, parameter)
                     ops += [op] if op is not None else []
             ops += one_per_input(block.layers)
-        return ops
+        return ops if self.heads is None else [*ops, RoundHeads(self.tower.name, self.heads.quantiser.bits)]
 
     def patch(self, **settings: Any) -> Patch:
         """The quantisation as a patch of the float model, which is put back first. settings: what made it, for the file's header."""
@@ -61,6 +63,8 @@ class QuantisedModel:
         return Patch.of(self.anatomy.model, ops, "duquant", settings)
 
     def revert(self) -> None:
+        if self.heads is not None:
+            self.heads.remove()
         while self.blocks:
             for path, module in reversed(self.blocks.pop().taken):
                 put(self.anatomy.model, path, module)
@@ -89,16 +93,21 @@ def quantise(
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
     chosen = anatomy.tower(tower)
     check_keep(list(config.keep), [group for layer in range(chosen.n_layers) for group in groups(chosen, layer)])
-    done = QuantisedModel(anatomy)
+    done = QuantisedModel(anatomy, chosen)
     with evaluating(anatomy.model), torch.no_grad():
-        reference = streams.enter(anatomy, chosen, inputs, config.batch_size)
-        current: Any = reference if config.calibration == "rows" else streams.averaged(anatomy, chosen, inputs, reference)
+        reference, current = streams.both(anatomy, chosen, inputs, config)
         try:
+            if config.attention is not None:
+                done.heads = RoundedHeads(chosen, config.attention, on=False)
+                done.heads.install()
+                current = [replace(batch, heads=done.heads) for batch in current]
             for layer in track(range(chosen.n_layers), "quantise", chosen.n_layers):
                 result, reference, current = quantise_block(anatomy, chosen, layer, reference, current, config, seed)
                 done.blocks.append(result)
                 if tell is not None:
                     tell(layer, result)
+            if done.heads is not None:
+                done.heads.switch_on()
         except BaseException:
             done.revert()
             raise

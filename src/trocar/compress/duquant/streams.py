@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 from trocar.anatomy import Anatomy, Tower
+from trocar.compress.duquant.config import DuQuantConfig
 from trocar.core.errors import DataError
+from trocar.patch.quantised import RoundedHeads
 from trocar.trace.calls import override
 from trocar.trace.shortcut import Stop, hidden_argument
 
@@ -20,11 +23,13 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Windows that run together. hidden: the input of the block at hand, (rows, length, width); calls: what each block is called with
-    beside it (masks, rotary tables); real: (rows * length,) which positions are not padding, None: all."""
+    beside it (masks, rotary tables); real: (rows * length,) which positions are not padding, None: all; heads: rounding of queries, keys
+    and values that is on while blocks run on this batch."""
 
     hidden: torch.Tensor
     calls: Sequence[Call]
     real: torch.Tensor | None
+    heads: RoundedHeads | None = None
 
     def entering(self, hidden: torch.Tensor) -> Batch:
         return replace(self, hidden=hidden)
@@ -87,6 +92,12 @@ def _enter(anatomy: Anatomy, tower: Tower, inputs: Mapping[str, torch.Tensor]) -
     return Batch(hidden[0], calls, mask.reshape(-1) != 0 if mask is not None and mask.ndim == 2 and not bool(mask.all()) else None)
 
 
+def both(anatomy: Anatomy, tower: Tower, inputs: Mapping[str, torch.Tensor], config: DuQuantConfig) -> tuple[list[Batch], list[Batch]]:
+    """What enters the first block of the float model and of the quantised one."""
+    reference = enter(anatomy, tower, inputs, config.batch_size)
+    return reference, reference if config.calibration == "rows" else averaged(anatomy, tower, inputs, reference)
+
+
 def averaged(anatomy: Anatomy, tower: Tower, inputs: Mapping[str, torch.Tensor], batches: Sequence[Batch]) -> list[Batch]:
     """One pseudo-window: the first block's inputs averaged over all windows, position by position (the paper's calibration)."""
     if any(batch.real is not None for batch in batches):
@@ -99,7 +110,8 @@ def averaged(anatomy: Anatomy, tower: Tower, inputs: Mapping[str, torch.Tensor],
 def run(block: nn.Module, layer: int, batch: Batch) -> torch.Tensor:
     """The block's output on a batch."""
     args, kwargs = batch.calls[layer]
-    out = block(batch.hidden, *args, **kwargs)
+    with batch.heads.running() if batch.heads is not None else nullcontext():
+        out = block(batch.hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 

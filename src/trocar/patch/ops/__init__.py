@@ -10,6 +10,7 @@ from typing import Any
 
 from trocar.patch.ops.adapter import Adapter
 from trocar.patch.ops.gate import Gate
+from trocar.patch.ops.heads import RoundHeads
 from trocar.patch.ops.low_rank import LowRank
 from trocar.patch.ops.quantise import Quantise
 from trocar.patch.ops.remove import Remove
@@ -17,6 +18,6 @@ from trocar.patch.ops.scale import ScaleAt
 from trocar.patch.ops.sparse import SparseReplace
 from trocar.patch.ops.vector import AddVector
 
-Op = SparseReplace | LowRank | Gate | ScaleAt | AddVector | Remove | Adapter | Quantise
+Op = SparseReplace | LowRank | Gate | ScaleAt | AddVector | Remove | Adapter | Quantise | RoundHeads
 
-KINDS: dict[str, Any] = {op.kind: op for op in (SparseReplace, LowRank, Gate, ScaleAt, AddVector, Remove, Adapter, Quantise)}
+KINDS: dict[str, Any] = {op.kind: op for op in (SparseReplace, LowRank, Gate, ScaleAt, AddVector, Remove, Adapter, Quantise, RoundHeads)}

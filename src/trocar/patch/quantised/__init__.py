@@ -1,5 +1,7 @@
 """Linear maps with low-bit weights and activations: their arithmetic, the change of basis in front of them, and their modules. Floor 3."""
 
+from trocar.patch.quantised.hadamard import hadamard, largest_hadamard
+from trocar.patch.quantised.heads import RoundedHeads
 from trocar.patch.quantised.linear import GroupInput, QuantisedLinear
 from trocar.patch.quantised.numbers import Quantiser, codes, dequantise, grid, integer_linear, pack, quantised, unpack
 from trocar.patch.quantised.transform import Transform
@@ -8,11 +10,14 @@ __all__ = [
     "GroupInput",
     "QuantisedLinear",
     "Quantiser",
+    "RoundedHeads",
     "Transform",
     "codes",
     "dequantise",
     "grid",
+    "hadamard",
     "integer_linear",
+    "largest_hadamard",
     "pack",
     "quantised",
     "unpack",

@@ -37,10 +37,6 @@ class Transform:
         if self.scale is not None and tuple(self.scale.shape) != (self.channels,):
             raise ConfigError(f"A scale of shape {tuple(self.scale.shape)} does not fit {self.channels} channels.")
 
-    @property
-    def trivial(self) -> bool:
-        return self.scale is None and not self.steps
-
     def online(self, x: torch.Tensor) -> torch.Tensor:
         """x G for activations (..., C), in x's dtype; x is not changed."""
         if self.scale is not None:
