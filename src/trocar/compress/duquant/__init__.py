@@ -3,6 +3,7 @@
 from trocar.compress.duquant.chains import build_chain, smoothing_scale
 from trocar.compress.duquant.checkpoint import load_quantised, quantise_checkpoint
 from trocar.compress.duquant.config import Activations, Chain, DuQuantConfig, Learning, Smoothing, Weights
+from trocar.compress.duquant.export import export_compressed
 from trocar.compress.duquant.groups import Group, groups
 from trocar.compress.duquant.model import QuantisedModel, quantise
 from trocar.compress.duquant.presets import PRESETS, preset
@@ -23,6 +24,7 @@ __all__ = [
     "base_matrix",
     "best_clip",
     "build_chain",
+    "export_compressed",
     "gptq",
     "greedy_rotation",
     "groups",

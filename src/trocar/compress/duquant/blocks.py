@@ -173,7 +173,10 @@ def quantise_group(
     rows = streams.sample(parts, config.rows, stream)
     channels = rows.shape[1]
     scaled = rows if scale is None else rows / scale.to(rows)
-    transform = build_chain(scaled, config.chain, stream, name=staged.tower.path(staged.layer, group.roles[0]))
+    chain = config.chain
+    if chain is not None and chain.foldable and group.name != "mlp_hidden":
+        chain = chain.model_copy(update={"steps": tuple(step for step in chain.steps if step != "permute")})
+    transform = build_chain(scaled, chain, stream, name=staged.tower.path(staged.layer, group.roles[0]))
     transform = Transform(channels, scale, transform.steps).to(torch.float32)
     bits = wanted_bits(group, config.keep)
     activations, weights = config.activations.quantiser(channels), config.weights.quantiser(channels)
@@ -190,9 +193,12 @@ def quantise_group(
         seen = moments(
             staged, group, current, shared, parts, reference if config.weights.rounding == "gptaq" else None, config.weights.reach
         )
+    aims = list(bases.values())
+    if seen is not None and seen.halves is not None:
+        aims = list(towards(torch.cat(aims), *seen.halves).split([len(weight) for weight in aims]))
     for number, role in enumerate(group.roles):
         old = staged.layers[role]
-        content = bases[role] if weights.is_float else rounded(bases[role], weights, config, seen)
+        content = bases[role] if weights.is_float else rounded(aims[number], weights, config, seen)
         new = QuantisedLinear(shared, weights, content, old.bias, owner=number == 0).to(rows.device)
         staged.place(role, new)
     return bases
@@ -200,8 +206,6 @@ def quantise_group(
 
 def rounded(weight: torch.Tensor, quantiser: Quantiser, config: DuQuantConfig, seen: Moments | None) -> Codes:
     """Codes of a weight as the settings ask for it."""
-    if seen is not None and seen.cross is not None:
-        weight = towards(weight, seen.hessian, seen.cross)
     clip = None
     if config.weights.clip == "search":
         clip = best_clip(weight, quantiser, None if seen is None else seen.hessian.diagonal())

@@ -57,9 +57,13 @@ class Shelf:
 
 def empty_model(folder: Path) -> Any:
     """The checkpoint's model with parameters on the meta device, but with real buffers (rotary tables)."""
+    return empty_like(skeleton(folder))
+
+
+def empty_like(bare: Any) -> Any:
+    """A model of the same class and configuration as `bare`, as `empty_model` makes it."""
     from accelerate import init_empty_weights
 
-    bare = skeleton(folder)
     with init_empty_weights(include_buffers=False):
         model = type(bare)(bare.config)
     model.tie_weights()

@@ -65,6 +65,7 @@ class Chain(Config):
     rotation: `greedy` (paper), `hadamard` in blocks, `full-hadamard` over all channels (in blocks of the largest size for which a
     Hadamard matrix is known), `random`. permutation: `zigzag` (paper) or `random`. block_size: 128 (paper); `auto`: the largest divisor of
     the channels up to 128. search_steps: of each greedy search; paper 256, measured by its authors to be no better than 16.
+    foldable: leave permutations out where they do not fold into the layers before, which they do in front of the down map only.
     per_block: a rotation for every block of its own. objective, outlier, draw: parity with the released code (`greedy_rotation`).
     """
 
@@ -73,6 +74,7 @@ class Chain(Config):
     permutation: Literal["zigzag", "random"] = "zigzag"
     block_size: int | Literal["auto"] = "auto"
     search_steps: int = pydantic.Field(default=16, ge=0)
+    foldable: bool = False
     per_block: bool = False
     objective: Literal["peak", "range"] = "peak"
     outlier: Literal["column", "row"] = "column"

@@ -10,6 +10,7 @@ import torch
 
 from trocar.compress.duquant import streams
 from trocar.compress.duquant.groups import Group, Staged
+from trocar.compress.duquant.rounding import Half
 from trocar.compress.duquant.streams import Batch
 from trocar.patch.quantised import GroupInput, Quantiser, quantised
 
@@ -18,11 +19,11 @@ RATIOS = tuple(1 - 0.025 * i for i in range(17))  # 1.0 .. 0.6
 
 
 class Moments(NamedTuple):
-    """Sums over the rows x of a group's transformed and rounded input. hessian: x^T x, (C, C); cross: (f - x)^T x, where f is the same
-    row in the float model, or None."""
+    """Sums over the rows x of a group's transformed and rounded input. hessian: x^T x, (C, C); halves: the same for every other batch and
+    for the remaining ones, each with (f - x)^T x where f is the row in the float model; None if nobody asked."""
 
     hessian: torch.Tensor
-    cross: torch.Tensor | None
+    halves: tuple[Half, Half] | None
 
 
 def group_inputs(staged: Staged, group: Group, batches: Sequence[Batch], limit: int, stream: torch.Generator) -> list[torch.Tensor]:
@@ -68,25 +69,27 @@ def moments(
 ) -> Moments:
     """Second moments of what the group's layers will multiply by.
 
-    parts: rows from `group_inputs`, used where they are all there are. reference: inputs of the block in the float model, for `cross`.
+    parts: rows from `group_inputs`, used where they are all there are. reference: inputs of the block in the float model, for `halves`.
     reach: rows longer than this many times the median length of their batch are counted as if they had that length, in both sums: one token
     a thousand times as long as the others would be all that the sums see, and the others' directions would drown in the damping.
     """
     whole = sum(len(part) for part in parts) == sum(batch.positions for batch in current)
     device = next(iter(shared.buffers()), parts[0]).device
-    hessian = torch.zeros(shared.channels, shared.channels, device=device)
-    cross = None if reference is None else torch.zeros_like(hessian)
+    sums = [torch.zeros(shared.channels, shared.channels, device=device) for _ in range(1 if reference is None else 4)]
     with torch.no_grad():
         for number, batch in enumerate(current):
             rows = parts[number] if whole else _input(staged, group, batch)
             x = shared._values(rows).float()
             weights = _row_weights(x, reach)
-            hessian.addmm_((x * weights).T, x)
-            if cross is not None and reference is not None:
+            half = 0 if reference is None else 2 * (number % 2)
+            sums[half].addmm_((x * weights).T, x)
+            if reference is not None:
                 with in_float(staged):
                     wanted = shared.transform.online(_input(staged, group, reference[number]).float())
-                cross.addmm_((wanted - x).T, x * weights)
-    return Moments(hessian, cross)
+                sums[half + 1].addmm_((wanted - x).T, x * weights)
+    if reference is None:
+        return Moments(sums[0], None)
+    return Moments(sums[0] + sums[2], (Half(sums[0], sums[1]), Half(sums[2], sums[3])))
 
 
 def _row_weights(x: torch.Tensor, reach: float | None) -> torch.Tensor | float:

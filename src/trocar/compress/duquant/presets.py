@@ -11,6 +11,8 @@ from trocar.core.errors import ConfigError, nearest
 
 _SMOOTHQUANT = Smoothing(alpha=0.5)  # arXiv 2211.10438, section 4
 
+_FOR_ENGINES: dict[str, Any] = {"symmetric": True, "clip": "search", "rounding": "gptaq", "reach": 4.0, "activation_clip": 1.0}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": {"smoothing": None, "chain": None},
     "gptq": {"smoothing": None, "chain": None, "rounding": "gptq"},
@@ -35,6 +37,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "duquant-clip": {"clip": "search"},
     "duquant-gptq": {"clip": "search", "rounding": "gptq"},
     "duquant-gptaq": {"clip": "search", "rounding": "gptaq", "reach": 4.0, "activation_clip": "search"},
+    "folded": {"smoothing": Smoothing(online=False), "chain": None, **_FOR_ENGINES},
+    "export": {
+        "smoothing": Smoothing(online=False),
+        "chain": Chain(steps=("permute", "rotate"), foldable=True),
+        **_FOR_ENGINES,
+    },
     "duquant-lwc": {"smoothing": Smoothing(alpha=0.5), "clip": "learned"},
 }
 

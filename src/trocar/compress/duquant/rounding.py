@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,7 @@ from trocar.patch.quantised import Quantiser, codes, grid
 from trocar.patch.quantised.numbers import in_groups, snap
 
 RATIOS = tuple(1 - 0.02 * i for i in range(26))  # 1.0 .. 0.5
+RIDGES = (0.01, 0.1, 1.0)
 DAMPING = 0.01  # of the mean diagonal (arXiv 2210.17323, section 3.4)
 
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes (O, C), step and zero (O, groups)
@@ -42,16 +44,38 @@ def best_clip(
     return chosen
 
 
-def towards(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """The weight whose products with the quantised model's inputs x come nearest to the float layer's products with the float model's f.
+class Half(NamedTuple):
+    """Sums over half of the calibration rows: x^T x, and (f - x)^T x with f the same row in the float model, both (C, C)."""
 
-    W + W (sum (f - x)^T x) H^-1 with H = sum x^T x, damped as in GPTQ so that nothing moves where there are no inputs. What is left of the
-    squared error is (W' - rounded) H (W' - rounded)^T, which GPTQ then minimises: the aim of GPTAQ (arXiv 2504.02692), reached by least
-    squares before the columns are rounded, rather than column by column. weight (O, C); hessian, cross (C, C).
+    hessian: torch.Tensor
+    cross: torch.Tensor
+
+
+def towards(weight: torch.Tensor, one: Half, other: Half, ridges: Sequence[float] = RIDGES) -> torch.Tensor:
+    """The weight whose products with the quantised model's inputs x come nearer to the float layer's products with the float model's f.
+
+    W + a W D (H + r)^-1 with D = sum (f - x)^T x and H = sum x^T x. What then is left of the squared error is what GPTQ minimises: the aim
+    of GPTAQ (arXiv 2504.02692), by least squares before the columns are rounded rather than column by column. Most of f - x is noise that
+    x does not foretell, and so many columns fit much of it by chance; so the ridge r (of the mean diagonal) and the share a are those with
+    which what each half of the rows says helps most on the other half. Weights return unchanged if nothing helps. weight: (O, C).
     """
-    lower = torch.linalg.cholesky(_damped(hessian, damping))
-    moved = torch.cholesky_solve((weight.double() @ cross.double()).T, lower).T
-    return (weight.double() + moved).to(weight.dtype)
+    wide, best = weight.double(), (0.0, 0.0, ridges[-1])
+    aims = [wide @ half.cross.double() for half in (one, other)]
+    for ridge in ridges:
+        agreed, length = 0.0, 0.0
+        for (fitted, aim), (held, held_aim) in (((one, aims[0]), (other, aims[1])), ((other, aims[1]), (one, aims[0]))):
+            move = _solved(aim, fitted.hessian, ridge)
+            agreed += float((move * held_aim).sum())
+            length += float(((move @ held.hessian.double()) * move).sum())
+        if length > 0 and agreed > 0 and agreed**2 / length > best[0]:
+            best = (agreed**2 / length, min(1.0, agreed / length), ridge)
+    if best[0] == 0:
+        return weight
+    return (wide + best[1] * _solved(aims[0] + aims[1], one.hessian + other.hessian, best[2])).to(weight.dtype)
+
+
+def _solved(aim: torch.Tensor, hessian: torch.Tensor, ridge: float) -> torch.Tensor:
+    return torch.cholesky_solve(aim.T, torch.linalg.cholesky(_damped(hessian, ridge))).T
 
 
 def gptq(
