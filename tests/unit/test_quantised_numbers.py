@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,20 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from trocar.core.errors import ConfigError
-from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform, codes, dequantise, grid, integer_linear, pack, unpack
+from trocar.patch.quantised import (
+    GroupInput,
+    QuantisedLinear,
+    Quantiser,
+    Transform,
+    codes,
+    dequantise,
+    execute,
+    grid,
+    integer_linear,
+    integer_rows,
+    pack,
+    unpack,
+)
 from trocar.patch.quantised import quantised as rounded
 
 rows = arrays("float32", st.tuples(st.integers(1, 4), st.integers(1, 12)), elements=st.floats(-100, 100, width=32, allow_subnormal=False))
@@ -90,7 +105,7 @@ def test_integer_products_are_the_simulated_ones(tokens: int, columns: int, out:
     parts = []
     for value, quantiser in ((x, a), (weight, w)):
         step, zero = grid(value, quantiser)
-        parts.append((codes(value, step, zero, quantiser), step, zero))
+        parts.append(integer_rows(codes(value, step, zero, quantiser), step, zero))
     torch.testing.assert_close(integer_linear(*parts), rounded(x, a) @ rounded(weight, w).T, rtol=0, atol=1e-9)
 
 
@@ -102,15 +117,16 @@ def test_dtype_follows_and_input_stays(dtype: torch.dtype) -> None:
     assert torch.equal(x, before)
 
 
-def _layer(bits: int = 4, readers: int = 1) -> QuantisedLinear:
+def _layer(bits: int = 4, readers: int = 1, shape: tuple[int, int] = (6, 8), **settings: Any) -> QuantisedLinear:
     g = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, 8, generator=g)
+    weight = torch.randn(shape, generator=g)
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=g))[0]
-    transform = Transform(8, torch.rand(8, generator=g) + 0.5, (rotation, torch.randperm(8, generator=g)))
-    quantiser = Quantiser(bits=bits)
+    columns = shape[1]
+    transform = Transform(columns, torch.rand(columns, generator=g) + 0.5, (rotation, torch.randperm(columns, generator=g)))
+    quantiser = Quantiser(bits=bits, **settings)
     turned = transform.weight(weight)
     content = turned if quantiser.is_float else (codes(turned, *grid(turned, quantiser), quantiser), *grid(turned, quantiser))
-    return QuantisedLinear(GroupInput(transform, Quantiser(bits=8), readers), quantiser, content, torch.randn(6, generator=g))
+    return QuantisedLinear(GroupInput(transform, Quantiser(bits=8), readers), quantiser, content, torch.randn(shape[0], generator=g))
 
 
 def test_a_layer_in_integers_is_the_simulated_layer_and_leaves_its_input_alone() -> None:
@@ -120,6 +136,43 @@ def test_a_layer_in_integers_is_the_simulated_layer_and_leaves_its_input_alone()
     layer.mode = "integer"
     torch.testing.assert_close(layer(x), simulated, rtol=1e-5, atol=1e-5)
     assert torch.equal(x, before)
+
+
+def test_siblings_in_integers_share_the_work() -> None:
+    layer = _layer(readers=2)
+    other = QuantisedLinear(layer.shared, layer.quantiser, (layer.code(), layer.get_buffer("step"), layer.get_buffer("zero")), None, False)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        assert layer.shared.integers(x) is layer.shared.integers(x)
+        expected = [layer(x), other(x)]
+        layer.mode = other.mode = "integer"
+        for one, right in zip((layer(x), other(x)), expected, strict=True):
+            torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
+        assert layer.shared._last is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"group": 32}, {"group": 64}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_are_the_simulated_ones(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    layer = _layer(shape=(32, 128), **settings).to(dtype)
+    x = torch.randn(2, 3, 128, dtype=dtype)
+    simulated = layer(x)
+    assert execute(layer, "packed") == {"packed": 1}
+    error = (layer(x).float() - simulated.float()).norm() / simulated.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_layers_run_where_they_can() -> None:
+    grouped, wide = _layer(group=4), _layer(bits=12)
+    assert execute(torch.nn.ModuleList([_layer(), grouped, wide])) == {"simulated": 2, "integer": 1}
+    with pytest.raises(ConfigError, match="0 cannot run in mode 'integer': integer products need one grid a row"):
+        execute(torch.nn.ModuleList([grouped]), "integer")
+    with pytest.raises(ConfigError, match="at most 8 bits"):
+        execute(torch.nn.ModuleList([wide]), "integer")
+    with pytest.raises(ConfigError, match="a multiple of 16 outputs"):
+        execute(torch.nn.ModuleList([_layer()]), "packed")
+    with pytest.raises(ConfigError, match="no mode 'fast'"):
+        execute(torch.nn.ModuleList([_layer()]), "fast")
 
 
 def test_the_effective_weight_is_what_a_float_layer_would_hold() -> None:
@@ -140,8 +193,8 @@ def test_casting_a_model_does_not_round_steps_and_rotations() -> None:
 
 def test_siblings_share_the_work_but_never_a_stale_result() -> None:
     shared, calls = _layer(readers=2).shared, []
-    inner = shared._values
-    shared._values = lambda x: calls.append(1) or inner(x)  # type: ignore[method-assign]
+    inner = shared.values
+    shared.values = lambda x: calls.append(1) or inner(x)  # type: ignore[method-assign]
     x = torch.randn(3, 8)
     with torch.no_grad():
         first, second = shared(x), shared(x)

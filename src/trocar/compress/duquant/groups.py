@@ -156,7 +156,7 @@ def fold(staged: Staged, group: Group, scale: torch.Tensor) -> torch.Tensor:
         values[rows] /= small[:, None].to(values)
         if layer.bias is not None:
             layer.bias[rows] /= small.to(layer.bias)
-        layer._float = None
+        layer.forget()
         return scale
     path = staged.tower.path(staged.layer, group.source)
     original: Any = staged.anatomy.model.get_submodule(path)
@@ -178,7 +178,7 @@ def multiply(staged: Staged, group: Group, scale: torch.Tensor) -> None:
     for role in group.roles:
         values: torch.Tensor = staged.layers[role].get_buffer("values")
         values *= scale.to(values)
-        staged.layers[role]._float = None
+        staged.layers[role].forget()
 
 
 def _rows(staged: Staged, role: str) -> tuple[QuantisedLinear, Any]:

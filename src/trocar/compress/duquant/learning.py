@@ -96,4 +96,4 @@ def _replace(module: QuantisedLinear, content: Any) -> None:
     code, step, zero = content
     module.codes = pack(code) if module.quantiser.bits <= 4 else code
     module.step, module.zero = step.float(), zero.to(module.get_buffer("zero").dtype)
-    module._float = None
+    module.forget()

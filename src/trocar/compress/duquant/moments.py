@@ -79,7 +79,7 @@ def moments(
     with torch.no_grad():
         for number, batch in enumerate(current):
             rows = parts[number] if whole else _input(staged, group, batch)
-            x = shared._values(rows).float()
+            x = shared.values(rows).float()
             weights = _row_weights(x, reach)
             half = 0 if reference is None else 2 * (number % 2)
             sums[half].addmm_((x * weights).T, x)

@@ -2,8 +2,8 @@
 
 from trocar.patch.quantised.hadamard import hadamard, largest_hadamard
 from trocar.patch.quantised.heads import RoundedHeads
-from trocar.patch.quantised.linear import GroupInput, QuantisedLinear
-from trocar.patch.quantised.numbers import Quantiser, codes, dequantise, grid, integer_linear, pack, quantised, unpack
+from trocar.patch.quantised.linear import GroupInput, QuantisedLinear, execute
+from trocar.patch.quantised.numbers import Quantiser, codes, dequantise, grid, integer_linear, integer_rows, pack, quantised, unpack
 from trocar.patch.quantised.transform import Transform
 
 __all__ = [
@@ -14,9 +14,11 @@ __all__ = [
     "Transform",
     "codes",
     "dequantise",
+    "execute",
     "grid",
     "hadamard",
     "integer_linear",
+    "integer_rows",
     "largest_hadamard",
     "pack",
     "quantised",

@@ -7,6 +7,7 @@ symmetric or not: value = (code - zero) * step. Half-precision input is computed
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pydantic
 import torch
@@ -147,23 +148,32 @@ def unpack(packed: torch.Tensor, columns: int, signed: bool = False) -> torch.Te
     return ((both ^ 8).view(torch.int8) - 8) if signed else both
 
 
-def integer_linear(
-    x: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """The product of two quantised matrices in integers. x: codes (T, C), step (T, 1), zero (T, 1); weight: the same with O rows, one group
-    each; at most 8 bits -> (T, O) in the dtype of the steps.
+class IntegerRows(NamedTuple):
+    """Quantised rows as integer products need them. values: codes - 128, (rows, C) int8; step: (rows, 1); zero: zero point - 128, and sums:
+    of the values of each row, both (rows, 1) int32."""
 
-    Codes are shifted to int8 and multiplied into int32, where sums of 8-bit products up to C = 2^16 columns are exact; the zero points come
-    in as row sums.
+    values: torch.Tensor
+    step: torch.Tensor
+    zero: torch.Tensor
+    sums: torch.Tensor
+
+
+def integer_rows(code: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> IntegerRows:
+    """Codes (rows, C) uint8 with one step and zero point a row, ready for `integer_linear`."""
+    values = (code ^ 128).view(torch.int8)  # flipping the highest bit subtracts 128
+    return IntegerRows(values, step, zero.to(torch.int32) - 128, values.sum(1, dtype=torch.int32)[:, None])
+
+
+def integer_linear(x: IntegerRows, weight: IntegerRows) -> torch.Tensor:
+    """The product of two quantised matrices in integers, (T, O) in the dtype of the steps. x: T rows; weight: O rows; at most 8 bits.
+
+    int8 is multiplied into int32, where sums of products up to C = 2^16 columns are exact; the zero points come in through the row sums.
     """
-    (cx, sx, zx), (cw, sw, zw) = x, weight
-    half = 128
-    ax, aw = (code.to(torch.int16).sub(half).to(torch.int8) for code in (cx, cw))
-    products = int_mm(ax, aw.T)
-    zx, zw = zx.to(torch.int32) - half, zw.to(torch.int32).T - half
-    sum_x, sum_w = ax.sum(1, dtype=torch.int32)[:, None], aw.sum(1, dtype=torch.int32)[None, :]
-    whole = products - zw * sum_x - zx * sum_w + ax.shape[1] * zx * zw
-    return whole.to(sx.dtype) * sx * sw.T
+    columns = x.values.shape[1]
+    whole = int_mm(x.values, weight.values.T)
+    whole -= x.sums * weight.zero.T
+    whole -= x.zero * (weight.sums - columns * weight.zero).T
+    return whole.to(x.step.dtype).mul_(x.step).mul_(weight.step.T)
 
 
 def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
