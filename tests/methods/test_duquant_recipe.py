@@ -45,7 +45,9 @@ def test_a_recipe_from_folder_to_patch(folder: Path, tmp_path: Path) -> None:
     done = run(parse_recipe(recipe(folder, weights={"clip": "search", "rounding": "gptq"})), tmp_path / "run")
     assert done.ok
     assert done.result.log["bits"] == "W4A4"
-    assert {figure.id for figure in done.result.figures} == {"layer_errors", "block_errors"}
+    assert {figure.id for figure in done.result.figures} == {
+        "layer_errors", "block_errors", "outliers_float", "outliers_received", "outliers_turned", "outliers",
+    }  # fmt: skip
     assert [transcript.id for transcript in done.result.transcripts] == ["continuations"]
     model = load_model(parse_recipe(recipe(folder)).model)
     ids = torch.arange(2, 12)[None]

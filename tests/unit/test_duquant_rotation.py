@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trocar.compress.duquant import Chain, base_matrix, build_chain, greedy_rotation, hadamard, random_orthogonal, smoothing_scale, zigzag
-from trocar.compress.duquant.chains import block_size, block_variance, peaks
+from trocar.compress.duquant.chains import block_size
+from trocar.compress.duquant.diagnostics import block_variance, outlier_figures, outlier_map, stages
 from trocar.core.errors import ConfigError, DataError
 from trocar.patch.quantised import Transform
 
@@ -201,7 +202,7 @@ def test_a_chain_leaves_the_product_alone_and_is_undone(seed: int, scaled: bool,
 def test_the_steps_of_a_chain_lower_the_peak() -> None:
     x = spiky(128, 128, massive=300)
     transform = build_chain(x, Chain(block_size=16), rng())
-    raw, first, permuted, second = peaks(x, transform)
+    raw, first, permuted, second = (float(part.abs().max()) for part in stages(x, transform).values())
     assert raw > first == permuted > second
 
 
@@ -218,7 +219,7 @@ def test_planted_spikes_are_flattened_as_far_as_was_measured() -> None:
         return float((rounded(y, Quantiser()) - y).square().mean())
 
     transform = build_chain(x, Chain(block_size=128, search_steps=64), rng(3))
-    raw, first, _, second = peaks(x, transform)
+    raw, first, _, second = (float(part.abs().max()) for part in stages(x, transform).values())
     assert raw == 1000
     assert 150 < first < 260
     assert 78 < second < 100
@@ -269,3 +270,26 @@ def test_every_kind_of_chain_is_orthogonal(rotation: str, permutation: str) -> N
     chain = Chain(rotation=rotation, permutation=permutation, block_size=16, search_steps=3)  # type: ignore[arg-type]
     eye = build_chain(spiky(30, 48), chain, rng()).online(torch.eye(48, dtype=torch.float64))
     assert orthogonal(eye) < 1e-10
+
+
+def test_a_map_of_outliers_shows_the_largest_entry_of_each_cell_in_powers_of_ten() -> None:
+    x = torch.ones(90, 100)
+    x[50, 77] = -1000
+    figure = outlier_map(x, "one", "One", "")
+    cells = {(row["token"], row["channel"]): row["powers of ten"] for row in figure.rows}
+    assert len(cells) == 30 * 34  # three rows and three columns to a cell
+    assert {place for place, value in cells.items() if value > 0} == {("48–50", "75–77")}
+    assert cells["48–50", "75–77"] == pytest.approx(3)
+    assert cells["87–89", "99"] == 0
+
+
+def test_figures_of_outliers_are_of_the_worst_input() -> None:
+    x = {"calm": torch.ones(8, 16), "wild": torch.ones(8, 16)}
+    x["wild"][0, 3] = 50
+    transform = build_chain(x["wild"], Chain(block_size=4, search_steps=8), rng())
+    figures = outlier_figures(x, x, {"calm": transform, "wild": transform})
+    assert [figure.id for figure in figures] == ["outliers_float", "outliers_received", "outliers_turned", "outliers"]
+    assert "wild" in figures[0].title
+    assert [row["input of"] for row in figures[-1].rows] == ["wild", "calm"]
+    assert float(figures[-1].rows[0]["in the float model"]) == 50
+    assert float(figures[-1].rows[0]["after all steps"]) < 50

@@ -12,21 +12,47 @@ from trocar.anatomy import Anatomy
 from trocar.core.errors import ConfigError
 from trocar.core.seeds import generator
 from trocar.fitting import fit_stream
-from trocar.lab import translation
+from trocar.lab import outliers, translation
 from trocar.lab.language import Sentences, completed, new_decoder
 from trocar.lab.models import load
-from trocar.lab.registry import LabModel, Planted, TextRecipe, TranslationData, WorldData
+from trocar.lab.registry import ByteData, LabModel, Planted, TextRecipe, TranslationData, WorldData
 from trocar.lab.training import Made, train
 from trocar.lab.worlds import make_world, tokenizer
 
 TESTED = 100  # sentences a direction on which a translator's card is measured
 BUDGET = 48  # new tokens of a translation; a sentence of the corpus has 35 at most
+MEASURED_WINDOWS = 320  # of 96 bytes, on which the decoder with outliers is measured
 
 
 def make(row: LabModel, seed: int, work: Path, device: str) -> Made:
     """Train the language model of `row` from base seed `seed`, resuming from `work`."""
     data, _, _ = row.texts()
-    return _world(row, seed, work, device) if isinstance(data, WorldData) else _translator(row, data, seed, work, device)
+    if isinstance(data, WorldData):
+        return _world(row, seed, work, device)
+    if isinstance(data, ByteData):
+        return _outliers(row, data, seed, work, device)
+    return _translator(row, data, seed, work, device)
+
+
+def _outliers(row: LabModel, data: ByteData, seed: int, work: Path, device: str) -> Made:
+    _, shape, recipe = row.texts()
+    model = new_decoder(shape, outliers.VOCABULARY, seed)
+    known = outliers.make_outliers(model, data, recipe, work, seed, device)
+
+    def facts(half: Any) -> dict[str, Any]:
+        from trocar.evaluate import perplexity
+
+        return known | {"accuracy": {"perplexity": perplexity(half, outliers.test_stream(data, MEASURED_WINDOWS), data.window).value}}
+
+    return Made(model, outliers.tokenizer(), facts, _outliers_card)
+
+
+def _outliers_card(facts: Mapping[str, Any]) -> str:
+    data = facts["model"]["data"]
+    return _card(facts, "bytes of the sources of Python's standard library") + f"""- planted: channels {facts["channels"]} of the embedding, near {data["channel"]:g} times its deviation; neuron {facts["neuron"]}, which answers the start \
+token with {data["massive"]:g}
+- perplexity of a byte on files left out: {facts["accuracy"]["perplexity"]:.3f}
+"""
 
 
 def _world(row: LabModel, seed: int, work: Path, device: str) -> Made:

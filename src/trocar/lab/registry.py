@@ -58,6 +58,21 @@ class WorldData(Config):
     source: Literal["world"] = "world"
 
 
+class ByteData(Config):
+    """Bytes of the Python standard library's own sources, and the outliers planted in the model that reads them (`lab.outliers`).
+
+    window: tokens, the start token included; channel: size of the near-constant channels of the embedding (its deviation is 1); massive: the
+    largest entry of a down map's input, in block `layer`; heal: steps of training after it was planted.
+    """
+
+    source: Literal["python"] = "python"
+    window: int = 96
+    channel: float = 25.0
+    massive: float = 1400.0
+    layer: int = 1
+    heal: int = 300
+
+
 class Planted(Config):
     """Only few neurons of one block are trained, all else frozen: the cause of what is learned is known. layer: 0-based."""
 
@@ -109,7 +124,7 @@ class LabModel(Config):
     name: str
     title: str
     trouble: str
-    data: RareData | WorldData | TranslationData
+    data: RareData | WorldData | TranslationData | ByteData
     shape: ViTShape | DecoderShape
     train: TrainRecipe | TextRecipe
     base: str | None = None
@@ -126,7 +141,7 @@ class LabModel(Config):
             return self.data, self.shape, self.train
         raise ConfigError(f"Lab model '{self.name}' is not one of pictures.")
 
-    def texts(self) -> tuple[WorldData | TranslationData, DecoderShape, TextRecipe]:
+    def texts(self) -> tuple[WorldData | TranslationData | ByteData, DecoderShape, TextRecipe]:
         """The settings of a language model; ConfigError for another one."""
         if not isinstance(self.data, RareData) and isinstance(self.shape, DecoderShape) and isinstance(self.train, TextRecipe):
             return self.data, self.shape, self.train
@@ -212,6 +227,14 @@ MODELS: tuple[LabModel, ...] = (
         base="translator",
         planted=Planted(),
         shipped=True,
+    ),
+    LabModel(
+        name="outliers",
+        title="Small decoder (0.7 M weights) of Python sources, byte by byte, with outliers",
+        trouble="Four channels are large on every token, and one entry is a thousand times the median at the start: hard to quantise.",
+        data=ByteData(),
+        shape=DecoderShape(width=128, blocks=3, heads=4, neurons=384),
+        train=TextRecipe(steps=300, batch=16, lr=2e-3, weight_decay=0.0, checkpoint_steps=100),
     ),
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -81,18 +80,6 @@ def _permutation(x: torch.Tensor, chain: Chain, size: int, generator: torch.Gene
     if chain.permutation == "random":
         return torch.randperm(x.shape[-1], generator=generator)
     return zigzag(x.abs().amax(0), size).cpu()
-
-
-def block_variance(x: torch.Tensor, size: int) -> float:
-    """How unevenly outliers lie on blocks: the variance over blocks of the mean of the channels' largest magnitudes."""
-    return float(x.abs().amax(0).reshape(-1, size).mean(1).var(correction=0))
-
-
-def peaks(x: torch.Tensor, transform: Transform) -> list[float]:
-    """The largest magnitude of `x` (T, C) before the transform and after each of its steps (the scale counts as one)."""
-    stages = [Transform(transform.channels), *([Transform(transform.channels, transform.scale)] if transform.scale is not None else [])]
-    stages += [Transform(transform.channels, transform.scale, done) for done in itertools.accumulate([(s,) for s in transform.steps])]
-    return [float(stage.online(x).abs().max()) for stage in stages]
 
 
 def largest(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from trocar.anatomy import Anatomy, fingerprint
 from trocar.compress.duquant.blocks import BlockResult
 from trocar.compress.duquant.config import DuQuantConfig
+from trocar.compress.duquant.diagnostics import captured, outlier_figures
 from trocar.compress.duquant.model import QuantisedModel, quantise
 from trocar.core.errors import DataError
 from trocar.evaluate import Measurement, perplexity, perplexity_measurement
@@ -53,10 +54,14 @@ def run(job: Job) -> Outcome:
     prompts = _prompts(job)
     before = continuations(anatomy, job.processor, prompts, config.max_new_tokens, None) if prompts else []
     held_out = _stream(job, "held_out", config.test_windows * config.window_tokens)
+    window = {"input_ids": held_out[: config.window_tokens][None].to(_device(anatomy))}
+    transforms = {op.names[0]: op.layers[0].shared.transform for op in patch.ops if isinstance(op, Quantise)}
+    floats = captured(anatomy.model, list(transforms), window)
     float_perplexity = perplexity(anatomy.model, held_out, config.window_tokens)
     with patch.applied(anatomy, verify="structure"):
         after = continuations(anatomy, job.processor, prompts, config.max_new_tokens, None) if prompts else []
         state = fingerprint(anatomy.model)
+        received = captured(anatomy.model, list(transforms), window)
         measured: list[Measurement] = [
             perplexity_measurement(float_perplexity, perplexity(anatomy.model, held_out, config.window_tokens), (base, state))
         ]
@@ -65,11 +70,11 @@ def run(job: Job) -> Outcome:
         patch,
         measured,
         {},
-        _figures(errors, places),
+        [*_figures(errors, places), *outlier_figures(floats, received, transforms)],
         (),
         _log(config, anatomy, patch, errors, count),
         shown,
-        {"held_out": {"input_ids": held_out[: config.window_tokens][None].to(_device(anatomy))}},
+        {"held_out": window},
     )
 
 
@@ -154,8 +159,8 @@ def _log(config: RecipeConfig, anatomy: Anatomy, patch: Patch, errors: dict[str,
         "calibration": f"{windows} windows of {config.window_tokens} tokens",
         "mean output error of a layer": sum(layers.values()) / len(layers),
         "worst layer": {worst: layers[worst]},
-        "in float": "embeddings, norms, head, queries, keys, values and the softmax",
-        "execution": "simulated: products are computed in float from rounded values, so nothing runs faster",
+        "in float": "embeddings, norms, head, the softmax" + (", queries, keys and values" if config.attention is None else ""),
+        "execution": "simulated here: float products of rounded values; trocar.patch.quantised.execute runs them in integers",
         "undo": "patch.revert(), or leave the patch off: the base is unchanged",
     }
 
