@@ -49,10 +49,10 @@ def _outliers(row: LabModel, data: ByteData, seed: int, work: Path, device: str)
 
 def _outliers_card(facts: Mapping[str, Any]) -> str:
     data = facts["model"]["data"]
-    return _card(facts, "bytes of the sources of Python's standard library") + f"""- planted: channels {facts["channels"]} of the embedding, near {data["channel"]:g} times its deviation; neuron {facts["neuron"]}, which answers the start \
-token with {data["massive"]:g}
-- perplexity of a byte on files left out: {facts["accuracy"]["perplexity"]:.3f}
-"""
+    planted = f"channels {facts['channels']} of the embedding, near {data['channel']:g} times its deviation"
+    neuron = f"neuron {facts['neuron']}, which answers the start token with {data['massive']:g}"
+    measured = f"perplexity of a byte on files left out: {facts['accuracy']['perplexity']:.3f}"
+    return _card(facts, "bytes of the sources of Python's standard library") + f"- planted: {planted}; {neuron}\n- {measured}\n"
 
 
 def _world(row: LabModel, seed: int, work: Path, device: str) -> Made:

@@ -136,8 +136,6 @@ def plant_massive(model: Any, ids: torch.Tensor, layer: int, size: float, seed: 
     return neuron
 
 
-
-
 def _rows_of(model: Any, channels: list[int]) -> torch.Tensor:
     mask = torch.ones_like(model.get_input_embeddings().weight)
     mask[:, channels] = 0

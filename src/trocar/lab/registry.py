@@ -61,8 +61,8 @@ class WorldData(Config):
 class ByteData(Config):
     """Bytes of the Python standard library's own sources, and the outliers planted in the model that reads them (`lab.outliers`).
 
-    window: tokens, the start token included; channel: size of the near-constant channels of the embedding (its deviation is 1); massive: the
-    largest entry of a down map's input, in block `layer`; heal: steps of training after it was planted.
+    window: tokens, the start token included; channel: size of the near-constant channels of the embedding (its deviation is 1); massive:
+    the largest entry of a down map's input, in block `layer`; heal: steps of training after it was planted.
     """
 
     source: Literal["python"] = "python"

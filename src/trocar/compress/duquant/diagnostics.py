@@ -1,4 +1,4 @@
-"""Where a model's outliers are and what becomes of them: maps of channels by tokens, peaks and the evenness of blocks at each step. Floor 5."""
+"""Where a model's outliers are and what becomes of them: maps of channels by tokens, peaks, the evenness of blocks. Floor 5."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def outlier_map(x: torch.Tensor, identity: str, title: str, caption: str) -> Fig
 def outlier_figures(
     floats: Mapping[str, torch.Tensor], received: Mapping[str, torch.Tensor], transforms: Mapping[str, Transform]
 ) -> list[Figure]:
-    """Maps of the input with the largest outliers, in the float model, smoothed, and after all steps; and a table of the most prominent ones.
+    """Maps of the input with the largest outliers in the float model, smoothed, and after all steps; a table of the most prominent ones.
 
     floats, received: inputs (T, C) of one layer of each group in the float and in the quantised model; transforms: of the same layers.
     """
@@ -108,6 +108,6 @@ def outlier_figures(
         row["block variance, received"] = f"{block_variance(through['0 received'], size):.3g}"
         row["block variance, after all steps"] = f"{block_variance(list(through.values())[-1], size):.3g}"
         table.append(row)
-    caption = "Largest magnitude as a multiple of the median, and the variance over blocks of the mean of their channels' largest magnitudes."
+    caption = "Largest magnitude as a multiple of the median; variance over blocks of the mean of their channels' largest magnitudes."
     found.append(Figure("outliers", "Outliers before and after", "table", "input of", "after all steps", table, caption=caption))
     return found
