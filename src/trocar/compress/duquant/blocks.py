@@ -63,10 +63,11 @@ def quantise_block(
         _check_folds(staged, reference, seen, config)
         samples = _samples(staged, found, reference)
         staged.floats = dict(staged.layers)
-        bases = {}
+        bases, learned = {}, config.weights.clip == "learned"
         for group in found:
-            bases[group.name] = quantise_group(staged, group, online.get(group.name), reference, current, config, seed)
-        if config.weights.clip == "learned":
+            basis = quantise_group(staged, group, online.get(group.name), reference, current, config, seed)
+            bases |= {group.name: basis} if learned else {}  # a copy of the block in float, needed to learn only
+        if learned:
             learn_clips(block, layer, staged.layers, bases, current, seen.outputs, config)
         errors = _errors(staged, found, samples)
         with torch.no_grad():
