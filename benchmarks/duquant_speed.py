@@ -1,7 +1,7 @@
 """What quantised layers cost as they run, and what quantising a block of a 7-billion-parameter model takes.
 
-Layers: one of 4096 x 4096 in 8-bit integers, in packed 4-bit weights, in float32 and bfloat16, at 1, 16 and 256 tokens; the transform's share
-of a layer's time. Block: one of Llama-2-7B's shape from a checkpoint on disk, in a process of its own whose peak memory is read.
+Layers: one of 4096 x 4096 in 8-bit integers, in packed 4-bit weights, in float32 and bfloat16, at 1, 16 and 256 tokens; the share of the
+transform in its time. Block: of Llama-2-7B's shape, from a checkpoint on disk, in a process of its own whose peak memory is read.
 """
 
 from __future__ import annotations

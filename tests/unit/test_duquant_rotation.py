@@ -284,12 +284,13 @@ def test_a_map_of_outliers_shows_the_largest_entry_of_each_cell_in_powers_of_ten
 
 
 def test_figures_of_outliers_are_of_the_worst_input() -> None:
-    x = {"calm": torch.ones(8, 16), "wild": torch.ones(8, 16)}
-    x["wild"][0, 3] = 50
+    x = {name: torch.randn(32, 16, generator=rng(seed)) for seed, name in enumerate(("calm", "wild"))}
+    x["wild"][0, 3] = 500
     transform = build_chain(x["wild"], Chain(block_size=4, search_steps=8), rng())
     figures = outlier_figures(x, x, {"calm": transform, "wild": transform})
     assert [figure.id for figure in figures] == ["outliers_float", "outliers_received", "outliers_turned", "outliers"]
     assert "wild" in figures[0].title
     assert [row["input of"] for row in figures[-1].rows] == ["wild", "calm"]
-    assert float(figures[-1].rows[0]["in the float model"]) == 50
-    assert float(figures[-1].rows[0]["after all steps"]) < 50
+    before, after = (float(figures[-1].rows[0][when]) for when in ("in the float model", "after all steps"))
+    assert before > 400
+    assert after < before / 1.5

@@ -62,7 +62,7 @@ def test_a_massive_entry_answers_the_start_token_only() -> None:
         model(input_ids=ids)
     hidden = seen[0].abs()
     assert float(hidden[:, 0, neuron].min()) == pytest.approx(1400, rel=0.01)
-    assert float(hidden[:, 1:].max()) < 700
+    assert float(hidden[:, 1:].max()) < 0.8 * 1400
     assert bool((model.model.layers[1].mlp.down_proj.weight[:, neuron] != 0).all())  # a dense column
 
 

@@ -167,7 +167,7 @@ def integer_rows(code: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> 
 def integer_linear(x: IntegerRows, weight: IntegerRows) -> torch.Tensor:
     """The product of two quantised matrices in integers, (T, O) in the dtype of the steps. x: T rows; weight: O rows; at most 8 bits.
 
-    int8 is multiplied into int32, where sums of products up to C = 2^16 columns are exact; the zero points come in through the row sums.
+    int8 is multiplied into int32, where sums over up to C = 2^15 columns are exact; the zero points come in through the row sums.
     """
     columns = x.values.shape[1]
     whole = int_mm(x.values, weight.values.T)
