@@ -18,20 +18,27 @@ import transformers
 from common import ROOT, arguments, paired_seconds, write_result
 
 from trocar.anatomy import fingerprint
-from trocar.compress.duquant import greedy_rotation, preset, quantise
+from trocar.compress.duquant import Chain, greedy_rotation, preset, quantise
 from trocar.core.workspace import Workspace
 from trocar.evaluate import perplexity
 from trocar.lab.sources import data_folder
 from trocar.recipe.models import find_model
 
-WINDOW, TEST_WINDOWS = 512, 12
+WINDOW, TEST_WINDOWS, HELD_OUT = 512, 12, 8
 PLAIN = {"block_size": 64}  # the largest power of two that divides 576 and 1536
+EACH = Chain(per_block=True)
 WORST = {"L11.mlp.down": 8, "L28.mlp.down": 8}  # largest inputs of all, 50,000 times the median
 # name -> (preset, bits, changes, calibration windows, the prototype's figure)
 ROWS: dict[str, tuple[str, str, dict[str, Any], int, float | None]] = {
     "duquant, clip .95": ("duquant", "W4A4", {"clip": 0.95, "activation_clip": 0.95}, 4, 45.2),
     "duquant + gptq, clip search": ("duquant-gptq", "W4A4", {"activation_clip": 0.95}, 32, None),
     "duquant + gptq W4A8": ("duquant-gptq", "W4A8", {}, 32, None),
+    "duquant + gptaq": ("duquant-gptaq", "W4A4", {}, 32, None),
+    "duquant + gptaq W4A8": ("duquant-gptaq", "W4A8", {}, 32, None),
+    "duquant + gptaq, two down maps in 8 bits": ("duquant-gptaq", "W4A4", {"keep": WORST}, 32, None),
+    "duquant + gptaq, queries, keys and values in 4 bits": ("duquant-gptaq", "W4A4", {"attention": 4}, 32, None),
+    "duquant + gptq, long rows cut": ("duquant-gptq", "W4A4", {"reach": 4.0, "activation_clip": "search"}, 32, None),
+    "duquant + gptq, a rotation for each block": ("duquant-gptq", "W4A4", {"activation_clip": 0.95, "chain": EACH}, 32, None),
     "duquant": ("duquant", "W4A4", {}, 4, 49.9),
     "duquant W4A8": ("duquant", "W4A8", {}, 4, 38.1),
     "duquant + gptq, two down maps in 8 bits": ("duquant-gptq", "W4A4", {"activation_clip": 0.95, "keep": WORST}, 32, None),
@@ -62,13 +69,16 @@ def tokens(words: Any, split: str) -> torch.Tensor:
         return words(file.read(), return_tensors="pt").input_ids[0]
 
 
-def real_rows(folder: str, names: Sequence[str], seeds: Sequence[int], work: Workspace) -> list[dict[str, Any]]:
+def real_rows(folder: str, names: Sequence[str], seeds: Sequence[int], work: Workspace, held_out: bool) -> list[dict[str, Any]]:
+    """One row a method. held_out: measure on the last windows of `valid`, which no calibration reads, to choose settings without `test`."""
     words = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    test, valid = tokens(words, "test")[: TEST_WINDOWS * WINDOW], tokens(words, "valid")
-    base = {"model": fingerprint(model), "windows": TEST_WINDOWS, "length": WINDOW}
-    plain = work.values("float", base, lambda: perplexity(model, test, WINDOW).value)
-    rows = [_row("float", [plain], 30.09, [], 0.0)]
+    valid = tokens(words, "valid")
+    test = valid[-HELD_OUT * WINDOW :] if held_out else tokens(words, "test")[: TEST_WINDOWS * WINDOW]
+    part = "held-out-" if held_out else ""
+    base = {"model": fingerprint(model), "windows": len(test) // WINDOW, "length": WINDOW, "held out": held_out}
+    plain = work.values(f"{part}float", base, lambda: perplexity(model, test, WINDOW).value)
+    rows = [_row("float", [plain], None if held_out else 30.09, [], 0.0)]
     for name in names:
         kind, bits, changes, windows, published = ROWS[name]
         config = preset(kind, bits, **{**PLAIN, **changes})
@@ -86,10 +96,12 @@ def real_rows(folder: str, names: Sequence[str], seeds: Sequence[int], work: Wor
                 return {"perplexity": after, "error": statistics.mean(layers), "seconds": seconds}
 
             key = {**base, "config": config.model_dump(mode="json"), "calibration": windows, "seed": seed}
-            found.append(work.values(f"{name.replace(' ', '-').replace(',', '')}-{seed}", key, compute))
+            found.append(work.values(f"{part}{name.replace(' ', '-').replace(',', '')}-{seed}", key, compute))
             print(name, seed, found[-1], flush=True)
         seconds = statistics.mean(one["seconds"] for one in found)
-        rows.append(_row(name, [one["perplexity"] for one in found], published, [one["error"] for one in found], seconds))
+        rows.append(
+            _row(name, [one["perplexity"] for one in found], None if held_out else published, [one["error"] for one in found], seconds)
+        )
     return rows
 
 
@@ -136,7 +148,12 @@ def relations(rows: Mapping[str, Mapping[str, Any]], same: bool, timing: Mapping
         falls = [rows[a]["lowest"] > rows[b]["highest"] for a, b in itertools.pairwise(order)]
         claim = "perplexity at W4A4 falls from rounding to smoothing, one rotation, and DuQuant, for every seed"
         found.append({"id": "order", "claim": claim, "values": values, "interval": None, "holds": all(falls)})
-    for name, limit in (("duquant + gptq, clip search", 40.0), ("duquant + gptq W4A8", 33.0)):
+    for name, limit in (
+        ("duquant + gptq, clip search", 40.0),
+        ("duquant + gptq W4A8", 33.0),
+        ("duquant + gptaq", 40.0),
+        ("duquant + gptaq W4A8", 33.0),
+    ):
         if name in rows:
             row = rows[name]
             found.append(
@@ -155,13 +172,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     def extend(parser: Any) -> None:
         parser.add_argument("--model", default="smollm2-135m-instruct", help="folder or name under TROCAR_MODELS")
         parser.add_argument("--rows", nargs="*", default=None, help="only these rows of the table")
+        parser.add_argument("--held-out", action="store_true", help="measure on the end of valid, to choose settings; test is not read")
         parser.add_argument("--seeds", type=int, default=3)
 
     options = arguments("duquant", __doc__ or "", argv, extend)
     torch.set_num_threads(1)
     names = options.rows or (list(ROWS)[:2] if options.quick else list(ROWS))
     seeds = range(1 if options.quick else options.seeds)
-    rows = real_rows(find_model(options.model).where, names, seeds, Workspace(ROOT / "build" / "duquant"))
+    rows = real_rows(find_model(options.model).where, names, seeds, Workspace(ROOT / "build" / "duquant"), options.held_out)
+    if options.held_out:
+        return  # to choose by, not to publish
     timing, same = search_timing(3 if options.quick else 7)
     settings = {"window": WINDOW, "test windows": TEST_WINDOWS, "block size": 64, "search steps": 16}
     write_result(
