@@ -76,7 +76,7 @@ def real_rows(folder: str, names: Sequence[str], seeds: Sequence[int], work: Wor
     valid = tokens(words, "valid")
     test = valid[-HELD_OUT * WINDOW :] if held_out else tokens(words, "test")[: TEST_WINDOWS * WINDOW]
     part = "held-out-" if held_out else ""
-    base = {"model": fingerprint(model), "windows": len(test) // WINDOW, "length": WINDOW, "held out": held_out}
+    base = {"model": fingerprint(model), "windows": len(test) // WINDOW, "length": WINDOW} | ({"held out": True} if held_out else {})
     plain = work.values(f"{part}float", base, lambda: perplexity(model, test, WINDOW).value)
     rows = [_row("float", [plain], None if held_out else 30.09, [], 0.0)]
     for name in names:
