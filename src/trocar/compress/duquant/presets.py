@@ -11,7 +11,7 @@ from trocar.core.errors import ConfigError, nearest
 
 _SMOOTHQUANT = Smoothing(alpha=0.5)  # arXiv 2211.10438, section 4
 
-_FOR_ENGINES: dict[str, Any] = {"symmetric": True, "clip": "search", "rounding": "gptaq", "reach": 4.0, "activation_clip": 1.0}
+_FOR_ENGINES: dict[str, Any] = {"symmetric": True, "clip": "search", "rounding": "gptq", "activation_clip": 1.0}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": {"smoothing": None, "chain": None},
