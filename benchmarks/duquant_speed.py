@@ -96,7 +96,7 @@ def block(kind: str, windows: int, length: int) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = transformers.LlamaForCausalLM(config).bfloat16()
         weights = sum(parameter.numel() for parameter in model.model.layers.parameters())
         model.save_pretrained(Path(folder) / "float")
         del model
