@@ -116,6 +116,9 @@ def test_an_adapter_without_content_is_worth_nothing() -> None:
     found = shapley_values(adapter_game(model, inputs_of(model), score))
     assert found.values[1] == pytest.approx(0, abs=1e-12)
     assert abs(found.values[[0, 2]]).min() > 1e-6
+    assert found.row_errors is not None
+    assert found.row_errors[1] == pytest.approx(0, abs=1e-12)
+    assert (found.row_errors[[0, 2]] > 1e-6).all()
     assert abs(found.gap) < 1e-9
 
 
@@ -139,6 +142,7 @@ def test_two_towers_are_played_as_whole_models() -> None:
     model = adapted("clip")
     inputs = inputs_of(model)
 
+    @torch.no_grad()
     def retrieval(whole: Any) -> float:
         return float(whole(**inputs).logits_per_image.log_softmax(-1).diagonal().mean())
 
@@ -149,6 +153,22 @@ def test_two_towers_are_played_as_whole_models() -> None:
     assert found.total == pytest.approx(retrieval(model))
     with pytest.raises(MetricError, match="towers text and vision"):
         adapter_game(model, inputs, score)
+
+
+def test_what_else_was_trained_is_in_every_coalition() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    outer = peft.get_peft_model(tiny_model("llama", task="lm"), config)
+    with torch.no_grad():
+        outer.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
+    model, inputs = outer.eval(), tiny_inputs(outer)
+
+    def last(output: Any, rows: torch.Tensor) -> torch.Tensor:
+        return output.logits[:, -1, 0]
+
+    found = adapter_game(model, inputs, last)(np.zeros((1, 3), dtype=bool))
+    with torch.no_grad():
+        base = last(tiny_model("llama", task="lm")(**inputs), torch.arange(2)).mean()
+    assert found[0] == pytest.approx(2 * float(base), rel=1e-5)  # the adapters (B = 0) are off, the head that was trained is not
 
 
 def test_blocks_that_coalitions_share_run_once() -> None:

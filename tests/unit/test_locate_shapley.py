@@ -150,6 +150,45 @@ def test_every_coalition_is_evaluated_once() -> None:
     assert game.calls == cached.evaluations <= 64
 
 
+class Rows(Table):
+    """A game whose values are means over rows; `own` holds the rows' values of all coalitions, (2^players, rows)."""
+
+    def __init__(self, own: np.ndarray) -> None:
+        super().__init__(own.mean(1))
+        self.own = own
+
+    def rows(self, masks: np.ndarray) -> np.ndarray:
+        self.calls += len(masks)
+        return self.own[masks @ (2 ** np.arange(len(self.players)))]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 9), st.integers(0, 10**6))
+def test_errors_over_rows_are_those_of_the_rows_own_values(players: int, rows: int, seed: int) -> None:
+    game = Rows(np.random.default_rng(seed).normal(size=(2**players, rows)))
+    found = shapley_values(game)
+    each = np.array([exact(Table(column)) for column in game.own.T])
+    np.testing.assert_allclose(found.values, each.mean(0), atol=1e-12)
+    assert found.row_errors is not None
+    np.testing.assert_allclose(found.row_errors, each.std(0, ddof=1) / np.sqrt(rows), atol=1e-12)
+    assert [row["row error"] for row in found.rows()] == found.row_errors.tolist()
+    assert game.calls == found.evaluations == 2**players
+    assert shapley_values(game, "permutation", orders=4).row_errors is None
+    assert shapley_values(Table(game.values)).row_errors is None
+
+
+def test_errors_over_rows_say_what_other_rows_would_give() -> None:
+    random = np.random.default_rng(5)
+    worth = random.normal(size=4)  # of a row, one player adds its worth and noise that is the row's own
+    far = []
+    for _ in range(60):
+        own = 1.0 + coalitions(4) @ (worth[:, None] + random.normal(size=(4, 30)))
+        found = shapley_values(Rows(own))
+        assert found.row_errors is not None
+        far.append((found.values - worth) / found.row_errors)
+    assert 0.85 < np.sqrt(np.square(far).mean()) < 1.25  # 1 of Student's t with 29 degrees of freedom is 1.04
+
+
 def test_many_players_are_sampled_and_what_cannot_be_is_refused() -> None:
     big = Additive(np.arange(20.0))
     assert shapley_values(big).method == "permutation"
@@ -175,6 +214,6 @@ def test_many_players_are_sampled_and_what_cannot_be_is_refused() -> None:
     odd.broken = lambda masks: np.full(len(masks), np.nan)
     with pytest.raises(MetricError, match="coalition 00 is not finite"):
         shapley_values(odd)
-    odd.broken = lambda masks: np.ones((len(masks), 2))
+    odd.broken = lambda masks: np.ones((len(masks), 2))  # rows where values should be
     with pytest.raises(MetricError, match="must return"):
         shapley_values(odd)

@@ -69,7 +69,8 @@ def adapter_game(
     """What groups of an adapter's modules are worth: in a coalition they are on, all others are the base layers that they were.
 
     model: a `PeftModel` in evaluation mode; inputs: its keyword arguments, rows first; metric(output, rows) -> (rows,), as in `sweep`
-    (`trocar.evaluate.Task.scored`); by: the players, see `trocar.anatomy.module_groups`; initial: of PiSSA and its like.
+    (`trocar.evaluate.Task.scored`); by: the players, see `trocar.anatomy.module_groups`; initial: of PiSSA and its like. What was trained
+    besides the adapters (`modules_to_save`, biases) is there in all coalitions.
     Raises MetricError for adapters outside of one tower's blocks, which `value_game` can play.
     """
     groups = adapter_groups(model, by, adapter)

@@ -8,7 +8,7 @@ arXiv 2506.05713). The values of all players add up to v(all) - v(none). Floor 3
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -25,7 +25,10 @@ EXACT = 12  # players up to which every coalition is evaluated
 
 
 class Game(Protocol):
-    """A function of coalitions. players: their names; called with masks (n, players) bool it returns (n,) values, larger is better."""
+    """A function of coalitions. players: their names; called with masks (n, players) bool it returns (n,) values, larger is better.
+
+    A game whose values are means over rows may have `rows(masks)` -> (n, rows) too, which is then called instead.
+    """
 
     @property
     def players(self) -> Sequence[str]: ...
@@ -38,32 +41,41 @@ class CachedGame:
 
     def __init__(self, game: Game) -> None:
         self.game, self.players = game, tuple(game.players)
-        self._known: dict[bytes, float] = {}
+        self._known: dict[bytes, np.ndarray] = {}
 
     @property
     def evaluations(self) -> int:
         return len(self._known)
 
     def __call__(self, masks: np.ndarray) -> np.ndarray:
+        return self.rows(masks).mean(1)
+
+    def rows(self, masks: np.ndarray) -> np.ndarray:
+        """The rows that the values are means of, (n, rows); the values themselves, (n, 1), of a game that does not tell them."""
         masks = np.asarray(masks, dtype=bool)
         keys = [row.tobytes() for row in masks]
         new = list(dict.fromkeys(key for key in keys if key not in self._known))
         if new:
-            rows = np.array([np.frombuffer(key, dtype=bool) for key in new])
-            values = np.asarray(self.game(rows), dtype=np.float64)
-            if values.shape != (len(rows),):
-                raise MetricError(f"The game returned values of shape {values.shape} for {len(rows)} coalitions.", "It must return (n,).")
-            if not np.isfinite(values).all():
-                worst = "".join("01"[int(flag)] for flag in rows[~np.isfinite(values)][0])
+            asked = np.array([np.frombuffer(key, dtype=bool) for key in new])
+            by_row = getattr(self.game, "rows", None)
+            values = np.asarray(self.game(asked) if by_row is None else by_row(asked), dtype=np.float64)
+            if by_row is None and values.shape != (len(asked),):
+                raise MetricError(f"The game returned values of shape {values.shape} for {len(asked)} coalitions.", "It must return (n,).")
+            if values.ndim == 1:
+                values = values[:, None]
+            finite = np.isfinite(values).all(1)
+            if not finite.all():
+                worst = "".join("01"[int(flag)] for flag in asked[~finite][0])
                 raise MetricError(f"The value of the coalition {worst} is not finite.", "Choose a bounded one: a mean log-likelihood.")
-            self._known.update(zip(new, values.tolist(), strict=True))
+            self._known.update(zip(new, values, strict=True))
         return np.array([self._known[key] for key in keys])
 
 
 @dataclass(frozen=True)
 class Shapley:
-    """Estimated values. values, errors: (players,), errors are standard errors (0 if exact); total, empty: v(all), v(none);
-    evaluations: coalitions that were really evaluated."""
+    """Estimated values. values, errors: (players,), errors are standard errors of the draws (0 if exact); total, empty: v(all), v(none);
+    evaluations: coalitions that were really evaluated. row_errors: standard errors over the rows that an exact game's values are means
+    of, (players,): what another sample of as many rows would change. None where rows are not told, or the values are sampled."""
 
     players: tuple[str, ...]
     values: np.ndarray
@@ -73,6 +85,7 @@ class Shapley:
     evaluations: int
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    row_errors: np.ndarray | None = None
 
     @property
     def gap(self) -> float:
@@ -93,11 +106,12 @@ class Shapley:
         return float("nan") if shares is None else float(shares.std())
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a player, for tables and figures; `low` and `high` are its value -+ 1.96 standard errors."""
+        """One row a player, for tables and figures; `low` and `high` are its value -+ 1.96 `error`."""
         shares = self.shares
         return [
             {"player": name, "value": value, "error": error, "low": value - 1.96 * error, "high": value + 1.96 * error}
             | ({} if shares is None else {"share": shares[place]})
+            | ({} if self.row_errors is None else {"row error": float(self.row_errors[place])})
             for place, (name, value, error) in enumerate(zip(self.players, self.values.tolist(), self.errors.tolist(), strict=True))
         ]
 
@@ -140,7 +154,7 @@ def shapley_values(
     if method not in METHODS:
         raise MetricError(f"'{method}' is no way to estimate Shapley values.", nearest(method, METHODS))
     cached = game if isinstance(game, CachedGame) else CachedGame(game)
-    players = len(cached.players)
+    players, row_errors = len(cached.players), None
     if players < 1 or len(set(cached.players)) < players:
         raise MetricError("A game needs at least one player, and different names.", "Group the parts of the model first.")
     if method == "auto":
@@ -151,7 +165,9 @@ def shapley_values(
                 f"{players} players have {2**players:,} coalitions to evaluate.",
                 f"Use method='permutation': {orders} orders need {orders * players:,} evaluations at most; or raise `most`.",
             )
-        values, errors, settings = exact(cached), np.zeros(players), {}
+        own = _exact(cached.rows(coalitions(players)))  # of every row
+        values, errors, settings = own.mean(1), np.zeros(players), {}
+        row_errors = _mean(own.T)[1] if own.shape[1] > 1 else None
     elif method == "permutation":
         values, errors = permutation(cached, orders, antithetic, seed)
         settings = {"orders": orders, "antithetic": antithetic, "seed": seed}
@@ -159,7 +175,7 @@ def shapley_values(
         values, errors = multilinear(cached, nodes, samples, antithetic, seed)
         settings = {"nodes": nodes, "samples": samples, "antithetic": antithetic, "seed": seed}
     empty, total = cached(np.array([np.zeros(players), np.ones(players)], dtype=bool)).tolist()
-    return Shapley(cached.players, values, errors, total, empty, cached.evaluations, method, settings)
+    return Shapley(cached.players, values, errors, total, empty, cached.evaluations, method, settings, row_errors)
 
 
 def coalitions(players: int) -> np.ndarray:
@@ -169,33 +185,33 @@ def coalitions(players: int) -> np.ndarray:
 
 def exact(game: Game) -> np.ndarray:
     """The values from all coalitions, (players,)."""
-    players = len(game.players)
-    masks = coalitions(players)
-    gains, sizes = _gains(game(masks), players)
+    return _exact(game(coalitions(len(game.players))))
+
+
+def _exact(values: np.ndarray) -> np.ndarray:
+    """(2^players, ...) values of all coalitions -> (players, ...)."""
+    players = (len(values) - 1).bit_length()
     weight = np.array([1 / (players * math.comb(players - 1, size)) for size in range(players)])
-    return (weight[sizes] * gains).sum(0)
+    return np.array([np.tensordot(weight[sizes], gains, 1) for gains, sizes in _gains(values, players)])
 
 
-def _gains(values: np.ndarray, players: int) -> tuple[np.ndarray, np.ndarray]:
-    """v(S + i) - v(S) of all S without i, and |S|; both (2^(players - 1), players)."""
-    codes = np.arange(2**players)
-    gains, sizes = [], []
+def _gains(values: np.ndarray, players: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For every player v(S + i) - v(S) of all S without it, (2^(players - 1), ...), and |S|."""
+    codes, sizes = np.arange(2**players), coalitions(players).sum(1)
     for player in range(players):
         without = codes[(codes >> player) & 1 == 0]
-        gains.append(values[without | (1 << player)] - values[without])
-        sizes.append(coalitions(players)[without].sum(1))
-    return np.stack(gains, 1), np.stack(sizes, 1)
+        yield values[without | (1 << player)] - values[without], sizes[without]
 
 
 def quadrature(game: Game, nodes: int) -> np.ndarray:
     """The values by Gauss-Legendre quadrature of c_i(p), itself from all coalitions: exact with at least L / 2 nodes, (players,)."""
     players = len(game.players)
-    gains, sizes = _gains(game(coalitions(players)), players)
     places, weights = _gauss(nodes)
-    found = np.zeros(players)
-    for p, weight in zip(places, weights, strict=True):
-        found += weight * (p**sizes * (1 - p) ** (players - 1 - sizes) * gains).sum(0)
-    return found
+    found = []
+    for gains, sizes in _gains(game(coalitions(players)), players):
+        at = places[:, None]
+        found.append(weights @ (at**sizes * (1 - at) ** (players - 1 - sizes) @ gains))
+    return np.array(found)
 
 
 def permutation(game: Game, orders: int, antithetic: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@ def worth(
         return {
             "players": list(found.players), "values": found.values.tolist(), "errors": found.errors.tolist(), "total": found.total,
             "empty": found.empty, "evaluations": found.evaluations, "method": found.method, "settings": dict(found.settings),
+            "row_errors": None if found.row_errors is None else found.row_errors.tolist(),
         }  # fmt: skip
 
     key = {
@@ -45,7 +46,7 @@ def worth(
     unit = work.values(f"shapley-{label}", key, compute)
     return Shapley(
         tuple(unit["players"]), np.array(unit["values"]), np.array(unit["errors"]), unit["total"], unit["empty"], unit["evaluations"],
-        unit["method"], unit["settings"],
+        unit["method"], unit["settings"], None if unit.get("row_errors") is None else np.array(unit["row_errors"]),
     )  # fmt: skip
 
 
