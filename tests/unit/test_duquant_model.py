@@ -10,7 +10,7 @@ import torch
 from trocar.anatomy import TINY, Anatomy, tiny_inputs, tiny_model
 from trocar.anatomy.tiny import tower_inputs
 from trocar.compress.duquant import Activations, Chain, DuQuantConfig, Learning, Smoothing, Weights, groups, quantise
-from trocar.compress.duquant.moments import _row_weights, activation_clip
+from trocar.compress.duquant.moments import activation_clip, row_weights
 from trocar.core.errors import ConfigError, DataError, UnsupportedModelError
 from trocar.patch.quantised import Quantiser, quantised
 
@@ -265,9 +265,9 @@ def test_the_best_clip_of_activations_counts_every_row_alike() -> None:
 def test_long_rows_count_no_more_than_they_are_allowed_to() -> None:
     x = torch.ones(9, 4)
     x[0] = 1000
-    weights = _row_weights(x, 4.0)
+    weights = row_weights(x, 4.0)
     torch.testing.assert_close((x * weights**0.5).norm(dim=1), torch.tensor([8.0] + [2.0] * 8))
-    assert _row_weights(x, None) == 1.0
+    assert row_weights(x, None) == 1.0
 
 
 def test_kept_layers_get_their_bits() -> None:

@@ -12,7 +12,8 @@ from trocar.core.lazy import lazy
 if TYPE_CHECKING:
     from trocar.anatomy.components import Attention, Block, Channel, Component, Head, Linear, Mlp, Neuron, parse
     from trocar.anatomy.description import describe
-    from trocar.anatomy.families import FAMILIES, Family, TowerRow, register
+    from trocar.anatomy.experts import Experts
+    from trocar.anatomy.families import EXPERT_FAMILIES, FAMILIES, Family, TowerRow, register
     from trocar.anatomy.fingerprints import (
         FileTensor,
         checkpoint_fingerprints,
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
     from trocar.anatomy.grouping import module_groups
     from trocar.anatomy.linear import LinearView, Slice
     from trocar.anatomy.resolve import Anatomy, Tower
-    from trocar.anatomy.tiny import TINY, tiny_inputs, tiny_model
+    from trocar.anatomy.tiny import TINY, TINY_EXPERTS, tiny_inputs, tiny_model
 
 _HOMES = {
     "components": ("Attention", "Block", "Channel", "Component", "Head", "Linear", "Mlp", "Neuron", "parse"),
     "description": ("describe",),
-    "families": ("FAMILIES", "Family", "TowerRow", "register"),
+    "experts": ("Experts",),
+    "families": ("EXPERT_FAMILIES", "FAMILIES", "Family", "TowerRow", "register"),
     "fingerprints": (
         *("FileTensor", "checkpoint_fingerprints", "dtype_name", "fingerprint", "structure_fingerprint"),
         *("tensor_fingerprint", "tensor_fingerprint_bytes"),
@@ -38,11 +40,11 @@ _HOMES = {
     "grouping": ("module_groups",),
     "linear": ("LinearView", "Slice"),
     "resolve": ("Anatomy", "Tower"),
-    "tiny": ("TINY", "tiny_inputs", "tiny_model"),
+    "tiny": ("TINY", "TINY_EXPERTS", "tiny_inputs", "tiny_model"),
 }
 __all__ = [
-    "FAMILIES", "TINY", "Anatomy", "Attention", "Block", "Channel", "Component",
-    "Family", "FileTensor", "Head", "Linear", "LinearView", "Mlp", "Neuron",
+    "EXPERT_FAMILIES", "FAMILIES", "TINY", "TINY_EXPERTS", "Anatomy", "Attention", "Block", "Channel", "Component",
+    "Experts", "Family", "FileTensor", "Head", "Linear", "LinearView", "Mlp", "Neuron",
     "Slice", "Tower", "TowerRow", "checkpoint_fingerprints", "describe", "dtype_name", "fingerprint",
     "module_groups", "parse", "register",
     "structure_fingerprint", "tensor_fingerprint", "tensor_fingerprint_bytes", "tiny_inputs", "tiny_model",

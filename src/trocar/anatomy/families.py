@@ -86,6 +86,19 @@ GEMMA = replace(
     },
     when=(("use_bidirectional_attention", True, "causal", False),),
 )
+# A mixture of experts in place of the MLP, in some or all blocks. The roles from `router` on are those of trocar.anatomy.experts.
+SPARSE = replace(
+    LLAMA,
+    roles={
+        **LLAMA.roles,
+        "experts": "mlp.experts",
+        "router": "mlp.gate",
+        "shared_up": "mlp.shared_expert.up_proj",
+        "shared_gate": "mlp.shared_expert.gate_proj",
+        "shared_down": "mlp.shared_expert.down_proj",
+        "shared_switch": "mlp.shared_expert_gate",
+    },
+)
 PHI3 = replace(
     LLAMA,
     roles={
@@ -307,3 +320,6 @@ for _family in (
     Family("bert", ("bert",), (BERT,)),
 ):
     register(_family)
+
+# Known to `Anatomy.of(model, experts=True)` only: their attention and norms are a decoder's, their experts have no components.
+EXPERT_FAMILIES: dict[str, Family] = {name: Family(name, (name,), (SPARSE,)) for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")}

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from trocar.anatomy.components import KINDS, LINEARS, Attention, Block, Channel, Component, Head, Linear, Mlp, Neuron, parse
-from trocar.anatomy.families import FAMILIES, Family, TowerRow
+from trocar.anatomy.components import KINDS, LINEARS, MLP_LINEARS, Attention, Block, Channel, Component, Head, Linear, Mlp, Neuron, parse
+from trocar.anatomy.experts import BESIDE, EXPERTS, SHARED, Experts, check_experts
+from trocar.anatomy.families import EXPERT_FAMILIES, FAMILIES, Family, TowerRow
 from trocar.anatomy.linear import LinearView, Slice, base_layer, check_linear
 from trocar.anatomy.paths import base_parameters, first, get, join, prefixed, refuse_experts, unwrap
 from trocar.core.errors import ComponentError, UnknownFamilyError, UnsupportedModelError, nearest
@@ -20,7 +21,7 @@ _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "gate_up", "gate": "gate_up"
 class Tower:
     """One stack of blocks. Sizes are read from the modules, so that they stay true after heads, neurons or blocks were removed."""
 
-    def __init__(self, model: nn.Module, row: TowerRow, family: str, root_path: str) -> None:
+    def __init__(self, model: nn.Module, row: TowerRow, family: str, root_path: str, experts: bool = False) -> None:
         self.row, self.name, self.modality = row, row.name, row.modality
         self.root_path, self.root = root_path, get(model, root_path)
         assert self.root is not None
@@ -39,12 +40,12 @@ class Tower:
         self.head_path = first(model, row.head) if row.head else None
         self.embedding, self.final_norm = get(model, self.embedding_path), get(model, self.final_norm_path)
         self.pooler, self.head = get(model, self.pooler_path), get(model, self.head_path)
-        self._roles: list[dict[str, tuple[str, nn.Module]]] = [self._resolve(layer, family) for layer in range(len(self.blocks))]
+        self._roles: list[dict[str, tuple[str, nn.Module]]] = [self._resolve(layer, family, experts) for layer in range(len(self.blocks))]
         self._transposed = {
             (layer, role): check_linear(module, self.path(layer, role))
             for layer, roles in enumerate(self._roles)
             for role, (_, module) in roles.items()
-            if role in LINEARS or role in self.row.layouts
+            if role in LINEARS or role in SHARED or role in self.row.layouts
         }
         self._head_size = [self._find_head_size(layer) for layer in range(len(self.blocks))]
         for layer in range(len(self.blocks)):
@@ -98,12 +99,23 @@ class Tower:
     def neurons(self, layer: int) -> int:
         return self._shape(layer, "down")[1]
 
-    def _resolve(self, layer: int, family: str) -> dict[str, tuple[str, nn.Module]]:
+    def experts(self, layer: int) -> Experts | None:
+        """The block's mixture of experts; None for a dense block. Raises UnsupportedModelError for experts in an unknown form."""
+        if not self.has(layer, EXPERTS):
+            return None
+        path, module = self.path(layer, EXPERTS), self.module(layer, EXPERTS)
+        beside, shared = ({role: self.path(layer, role) for role in roles if self.has(layer, role)} for roles in (BESIDE, SHARED))
+        return Experts(path, module, *check_experts(module, path), beside, shared)
+
+    def _resolve(self, layer: int, family: str, experts: bool) -> dict[str, tuple[str, nn.Module]]:
         block, found = self.blocks[layer], {"block": ("", self.blocks[layer])}
         for role, names in {"attn": self.row.attn, "mlp": self.row.mlp, **self.row.roles}.items():
             if names and (name := first(block, names)) is not None:
                 found[role] = (name, get(block, name))  # type: ignore[assignment]
-        for wanted in (("q", "qkv"), ("k", "qkv"), ("v", "qkv"), ("o",), ("down",), ("up", "gate_up")):
+        if EXPERTS in found and not experts:
+            refuse_experts(block, join(self.blocks_path, str(layer)))
+        mlp = () if EXPERTS in found else (("down",), ("up", "gate_up"))
+        for wanted in (("q", "qkv"), ("k", "qkv"), ("v", "qkv"), ("o",), *mlp):
             if not any(role in found for role in wanted):
                 here = join(self.blocks_path, str(layer))
                 refuse_experts(block, here)
@@ -114,8 +126,15 @@ class Tower:
     def _role(self, layer: int, role: str) -> tuple[str, nn.Module]:
         roles = self._roles[self._layer(layer)]
         if role not in roles:
+            if role in (*MLP_LINEARS, "gate_up"):
+                self._refuse_experts(layer)
             raise ComponentError(f"Block {layer} of this model has no module for the role '{role}'.", nearest(role, roles))
         return roles[role]
+
+    def _refuse_experts(self, layer: int) -> None:
+        """Raise UnsupportedModelError if the block holds experts."""
+        if self.has(layer, EXPERTS):
+            refuse_experts(self.blocks[layer], join(self.blocks_path, str(layer)))
 
     def _layer(self, layer: int) -> int:
         if not 0 <= layer < len(self.blocks):
@@ -167,8 +186,11 @@ class Anatomy:
         self._names: dict[int, str] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module | Anatomy) -> Anatomy:
+    def of(cls, model: nn.Module | Anatomy, experts: bool = False) -> Anatomy:
         """Resolve a transformers model of a known family: base model, any task head, inside DDP, torch.compile or PEFT.
+
+        experts: accept mixtures of experts too. A block that holds one has attention, norms and `Tower.experts`, but no MLP roles: whoever
+        asks for its neurons or linear maps is refused as without `experts`.
 
         Raises UnknownFamilyError (no row for `config.model_type`, or the row's names are not there) and UnsupportedModelError (quantised
         weights, experts, parameters shared between blocks, FSDP, merged adapters).
@@ -176,22 +198,23 @@ class Anatomy:
         if isinstance(model, Anatomy):
             return model
         model = unwrap(model)
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in FAMILIES:
+        model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
+        known = {**EXPERT_FAMILIES, **FAMILIES} if experts else FAMILIES
+        if model_type not in known:
             refuse_experts(model, "")
             raise UnknownFamilyError(
                 f"{type(model).__name__} has "
                 + (f"model type '{model_type}', which is not in the family table." if model_type else "no config.model_type to look up."),
                 f"{nearest(str(model_type), FAMILIES)} {ADDING}",
             )
-        family = FAMILIES[model_type]
+        family = known[model_type]
         towers = []
         for row in family.towers:
             roots = [
                 root for root in row.root.split("|") if (module := get(model, root)) is not None and first(module, row.blocks) is not None
             ]
             if roots:
-                towers.append(Tower(model, row, family.name, roots[0]))
+                towers.append(Tower(model, row, family.name, roots[0], experts))
         if not towers:
             looked = ", ".join(join(root, name) for row in family.towers for root in row.root.split("|") for name in row.blocks.split("|"))
             raise UnknownFamilyError(
@@ -220,6 +243,8 @@ class Anatomy:
         tower._layer(item.layer)
         if isinstance(item, Head | Neuron):
             self._in_range(item, tower.heads(item.layer) if isinstance(item, Head) else tower.neurons(item.layer))
+        if isinstance(item, Linear | Channel) and item.role in MLP_LINEARS:
+            tower._refuse_experts(item.layer)
         if isinstance(item, Linear | Channel) and item.role not in (known := tower.linears(item.layer)):
             raise ComponentError(f"{item} does not exist: this block has no '{item.role}'.", f"Its linear maps: {', '.join(known)}.")
         if isinstance(item, Channel):
@@ -335,8 +360,11 @@ class Anatomy:
         owners: dict[int, str] = {}
         for tower in self.towers.values():
             for layer in range(tower.n_layers):
-                for path in dict.fromkeys(tower.path(layer, role) for role in tower.roles(layer) if (layer, role) in tower._transposed):
-                    weight: Any = base_layer(get(self.model, path)).weight  # type: ignore[arg-type]
+                paths = dict.fromkeys(tower.path(layer, role) for role in tower.roles(layer) if (layer, role) in tower._transposed)
+                owned: list[Any] = [(path, base_layer(get(self.model, path)).weight) for path in paths]  # type: ignore[arg-type]
+                if tower.has(layer, EXPERTS):
+                    owned += [(tower.path(layer, EXPERTS), weight) for weight in tower.module(layer, EXPERTS).parameters()]
+                for path, weight in owned:
                     other = owners.setdefault(id(weight), path)
                     if other != path:
                         raise UnsupportedModelError(

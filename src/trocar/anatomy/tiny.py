@@ -63,18 +63,29 @@ TINY: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
              {**_TEXT, "max_position_embeddings": 64}),
 }  # fmt: skip
 
+# mixtures of experts, for what asks for `Anatomy.of(model, experts=True)`; of qwen3_moe the first block is dense
+_EXPERTS = {**_GROUPED, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+_PLAIN = {k: v for k, v in _EXPERTS.items() if k != "head_dim"}
+TINY_EXPERTS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "mixtral": ("Mixtral", _LM, {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2_moe": ("Qwen2Moe", _LM, {**_PLAIN, "shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("Qwen3Moe", _LM, {**_EXPERTS, "mlp_only_layers": [0]}),
+    "olmoe": ("Olmoe", {"lm": "ForCausalLM", "base": "Model"}, {k: v for k, v in _PLAIN.items() if k != "moe_intermediate_size"}),
+}
+
 
 def tiny_model(name: str, task: str = "", seed: int = 0, **overrides: Any) -> Any:
-    """A random model of family `name` (a key of TINY) in evaluation mode, float32 on the CPU.
+    """A random model of family `name` (a key of TINY or TINY_EXPERTS) in evaluation mode, float32 on the CPU.
 
     task: `lm` (language model or masked language model), `class` (classifier, or with the projection), `base` (no head); by default the
     first of them that the family has. overrides: settings of its config; `text_config`/`vision_config` are merged into the defaults.
     """
-    if name not in TINY:
-        raise ConfigError(f"There is no tiny model '{name}'.", nearest(name, TINY))
+    known = {**TINY, **TINY_EXPERTS}
+    if name not in known:
+        raise ConfigError(f"There is no tiny model '{name}'.", nearest(name, known))
     import transformers
 
-    prefix, ends, settings = TINY[name]
+    prefix, ends, settings = known[name]
     tasks = [key for key in ("lm", "class", "base") if key in ends]
     task = task or ("base" if name in ("clip", "siglip", "clip_text_model", "clip_vision_model") else tasks[0])
     if task not in tasks:
@@ -96,13 +107,15 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator(seed, name))
             if parameter.ndim >= 2:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+                columns = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
+                parameter.copy_(noise / columns**0.5)
             else:
                 parameter.add_(0.1 * noise.to(parameter.dtype))
 
 
 def tiny_inputs(model: Any, rows: int = 2, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs for a model: random token ids without special ones (rows, length), pixels (rows, channels, side, side), or both."""
+    """Inputs for a model or an Anatomy: random token ids without special ones (rows, length), pixels (rows, channels, side, side)
+    or both."""
     from trocar.anatomy.resolve import Anatomy
 
     anatomy = Anatomy.of(model)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trocar.patch.merge import merge_into
     from trocar.patch.ops import KINDS, Op
     from trocar.patch.ops.adapter import Adapter, Factors
+    from trocar.patch.ops.experts import QuantiseExperts
     from trocar.patch.ops.gate import Gate
     from trocar.patch.ops.heads import RoundHeads
     from trocar.patch.ops.low_rank import LowRank
@@ -37,6 +38,7 @@ _HOMES = {
     "merge": ("merge_into",),
     "ops": ("KINDS", "Op"),
     "ops.adapter": ("Adapter", "Factors"),
+    "ops.experts": ("QuantiseExperts",),
     "ops.gate": ("Gate",),
     "ops.heads": ("RoundHeads",),
     "ops.low_rank": ("LowRank",),
@@ -50,9 +52,9 @@ _HOMES = {
     "stacking": ("AppliedStack", "Overlap", "Stack", "stack"),
 }
 __all__ = [
-    "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op", "Overlap",
-    "Patch", "Quantise", "Remove", "RoundHeads", "ScaleAt", "SparseReplace", "Stack", "attached", "diff", "export", "merge_into",
-    "read_header", "stack", "wrapped",
+    "KINDS", "Adapter", "AddVector", "Applied", "AppliedStack", "Base", "Effect", "Factors", "Gate", "Header", "LowRank", "Op",
+    "Overlap", "Patch", "Quantise", "QuantiseExperts", "Remove", "RoundHeads", "ScaleAt", "SparseReplace", "Stack", "attached",
+    "diff", "export", "merge_into", "read_header", "stack", "wrapped",
 ]  # fmt: skip
 
 __getattr__ = lazy(__name__, _HOMES)

@@ -66,6 +66,13 @@ class Target:
         self.anatomy, self.model, self.allow_nonfinite = anatomy, anatomy.model, allow_nonfinite
         self._names: dict[int, str] | None = None
 
+    @classmethod
+    def of(cls, model: Any, ops: Sequence[Any], allow_nonfinite: bool = False) -> Target:
+        """A model, or its Anatomy, for these operations; one with experts only if one of them is made for experts."""
+        from trocar.anatomy import Anatomy
+
+        return cls(Anatomy.of(model, experts=any(op.Record.acts_on_experts for op in ops)), allow_nonfinite)
+
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter or buffer called `name`. Raises PatchBaseError naming the nearest one."""
         found = self.find(name)

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from trocar.anatomy import Anatomy
 from trocar.core.errors import ExportError, UnsupportedModelError
 from trocar.patch.actions import Target
 from trocar.patch.checkpoint import copy_others, match, new_folder, scan, skeleton
@@ -38,7 +37,7 @@ def export(
         merge_into(patch, model_or_folder, target)
         return
     model = skeleton(model_or_folder) if is_folder else model_or_folder
-    plan = Target(Anatomy.of(model))
+    plan = Target.of(model, patch.ops)
     if to == "peft":
         if is_folder:
             check_structure(patch, plan)

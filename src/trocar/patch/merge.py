@@ -30,6 +30,7 @@ from trocar.patch.checkpoint import (
 )
 from trocar.patch.checkpoint import shards as shards_of
 from trocar.patch.checkpoint import skeleton as skeleton_of
+from trocar.patch.ops.experts import QuantiseExperts
 from trocar.patch.ops.heads import RoundHeads
 from trocar.patch.ops.quantise import Quantise
 from trocar.patch.ops.remove import Remove, Surgery
@@ -55,8 +56,8 @@ def merge_into(
     """
     source, target = Path(source), Path(target)
     model = skeleton_of(source)
-    anatomy = Anatomy.of(model)
-    plan_target = Target(anatomy, allow_nonfinite)
+    plan_target = Target.of(model, patch.ops, allow_nonfinite)
+    anatomy = plan_target.anatomy
     check_structure(patch, plan_target)
     tensors = scan(source)
     surgery = next((op.surgery(plan_target) for op in patch.ops if isinstance(op, Remove)), None)
@@ -134,7 +135,7 @@ def written(op: Any, target: Target) -> Any:
         )
     if isinstance(op, AddVector):
         return [bias_step(op, target)]
-    return op.writes(target) if isinstance(op, Quantise) else op.plan(target)
+    return op.writes(target) if isinstance(op, Quantise | QuantiseExperts) else op.plan(target)
 
 
 def bias_of(op: AddVector, target: Target) -> tuple[str, str | None]:

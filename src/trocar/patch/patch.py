@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from trocar.anatomy import Anatomy, fingerprint, structure_fingerprint, tensor_fingerprint
+from trocar.anatomy import fingerprint, structure_fingerprint, tensor_fingerprint
 from trocar.core.errors import EditError, PatchBaseError, PatchFormatError, PatchStateError
 from trocar.patch import format as file_format
 from trocar.patch.actions import Action, Target, Write, total
@@ -81,7 +81,7 @@ class Patch:
         Raises PatchBaseError (another base), PatchStateError (already applied), ComponentError, and EditError (NaN or infinite values
         without allow_nonfinite, a gate that no weights can express, an operation that changes nothing).
         """
-        target = Target(Anatomy.of(model), allow_nonfinite)
+        target = Target.of(model, self.ops, allow_nonfinite)
         if self.ops and any(one.patch.digest == self.digest for one in active(target.model)):
             raise PatchStateError("This patch is already applied to the model.", "Revert it first.")
         check_base(self, target, verify)
@@ -104,7 +104,7 @@ class Patch:
         For a base in another dtype, or one that was trained on: whether the change still does what it did must be measured again.
         Raises PatchBaseError if names or shapes differ.
         """
-        target = Target(Anatomy.of(model))
+        target = Target.of(model, self.ops)
         check_structure(self, target)
         return Patch.of(model, [op.cast(target) for op in self.ops], self.method, self.settings)
 
@@ -284,7 +284,7 @@ def check_base(patch: Patch, target: Target, verify: Verify) -> None:
     different = [name for name in wanted if name in base.tensors and tensor_fingerprint(target.tensor(name)) != base.tensors[name]]
     if verify == "touched" and not different:
         return
-    dtype = Base.of(target.model).dtype
+    dtype = Base.of(target.anatomy).dtype
     if dtype != base.dtype:
         raise PatchBaseError(
             f"The patch belongs to a base in {torch_dtype(base.dtype)}, the model is in {torch_dtype(dtype)}.",

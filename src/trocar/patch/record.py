@@ -82,6 +82,7 @@ class Record(Strict):
     kind: str
 
     removes: ClassVar[bool] = False  # changes the architecture, so nothing may come after it
+    acts_on_experts: ClassVar[bool] = False  # so that a patch with it is for a mixture of experts
 
     def specs(self) -> dict[str, Spec]:
         """Field name -> tensor, in the order in which they are stored."""
@@ -122,10 +123,10 @@ class Base(Strict):
 
         Raises UnknownFamilyError, UnsupportedModelError, and PatchBaseError if an operation names something the model does not have.
         """
-        from trocar.anatomy import Anatomy, fingerprint, structure_fingerprint, tensor_fingerprint
+        from trocar.anatomy import fingerprint, structure_fingerprint, tensor_fingerprint
         from trocar.patch.actions import Target
 
-        target = Target(Anatomy.of(model))
+        target = Target.of(model, ops)
         names = sorted({name for op in ops for name in op.parameters(target)})
         counts: dict[str, int] = {}
         for parameter in target.model.parameters():

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from trocar.anatomy import Anatomy, tensor_fingerprint
+from trocar.anatomy import tensor_fingerprint
 from trocar.core.errors import PatchBaseError, PatchOverlapError, PatchStateError
 from trocar.patch.actions import Place, Target, Write
 from trocar.patch.ops.vector import Attach
@@ -35,9 +35,14 @@ class Stack:
     patches: tuple[Patch, ...]
     on_overlap: Literal["refuse", "order"]
 
+    @property
+    def ops(self) -> list[Any]:
+        """The operations of all patches."""
+        return [op for patch in self.patches for op in patch.ops]
+
     def overlaps(self, model: Any) -> list[Overlap]:
         """Entries, points and parts that more than one patch writes. model: the base, for what gates and removals reach; may be on meta."""
-        target = Target(Anatomy.of(model), allow_nonfinite=True)
+        target = Target.of(model, self.ops, allow_nonfinite=True)
         reached = [_reached(patch, target) for patch in self.patches]
         found = []
         for (one, ours), (two, theirs) in itertools.combinations(enumerate(reached), 2):
@@ -52,7 +57,7 @@ class Stack:
 
         Raises PatchOverlapError if two write the same place and on_overlap is "refuse", and what `Patch.apply` raises.
         """
-        target = Target(Anatomy.of(model), allow_nonfinite)
+        target = Target.of(model, self.ops, allow_nonfinite)
         for patch in self.patches:
             if patch.ops and any(one.patch.digest == patch.digest for one in active(target.model)):
                 raise PatchStateError("A patch of the stack is already applied to the model.", "Revert it first.")
@@ -81,9 +86,7 @@ class Stack:
             pass
         first = self.patches[0]
         settings = {"stack": [{"method": patch.method, "settings": patch.settings, "digest": patch.digest} for patch in self.patches]}
-        return Patch.of(
-            model, [op for patch in self.patches for op in patch.ops], first.method if len(self.patches) == 1 else "stack", settings
-        )
+        return Patch.of(model, self.ops, first.method if len(self.patches) == 1 else "stack", settings)
 
 
 def stack(patches: Sequence[Patch], on_overlap: Literal["refuse", "order"] = "refuse") -> Stack:
@@ -112,7 +115,7 @@ class AppliedStack:
     """A stack on a model. `revert(i)` takes one patch out, `revert()` all."""
 
     def __init__(self, patches: Sequence[Patch], target: Target) -> None:
-        self.target = target
+        self.target, self.ops = target, [op for patch in patches for op in patch.ops]
         self._applied: dict[int, Applied] = {}
         try:
             for number, patch in enumerate(patches):
@@ -147,7 +150,7 @@ class AppliedStack:
         return self._numbers[id(applied)]
 
     def _start(self, patch: Patch) -> Applied:
-        target = Target(Anatomy.of(self.target.model), self.target.allow_nonfinite)
+        target = Target.of(self.target.model, self.ops, self.target.allow_nonfinite)
         return Applied(patch, target, [op.plan(target) for op in patch.ops], need_effect=False).start()
 
     def _take_back(self, number: int) -> list[Applied]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,16 +13,28 @@ from trocar.anatomy import Anatomy, Tower
 from trocar.compress.duquant import streams
 from trocar.compress.duquant.chains import build_chain, largest, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
-from trocar.compress.duquant.groups import Group, Staged, fold, groups, multiply, scale_of_values, stage, to_heads, wanted_bits
+from trocar.compress.duquant.experts import Route, output_error, quantise_experts, routes, smooth_experts
+from trocar.compress.duquant.groups import (
+    Group,
+    Staged,
+    chain_of,
+    fold,
+    groups,
+    is_float,
+    multiply,
+    quantisers,
+    scale_of_values,
+    stage,
+    to_heads,
+)
 from trocar.compress.duquant.learning import learn_clips
-from trocar.compress.duquant.moments import Moments, activation_clip, group_inputs, moments
-from trocar.compress.duquant.rounding import Codes, best_clip, gptq, nearest, towards
+from trocar.compress.duquant.moments import CLIP_ROWS, activation_clip, group_inputs, moments, rounded
+from trocar.compress.duquant.rounding import towards
 from trocar.compress.duquant.streams import Batch
 from trocar.core.errors import DataError, UnsupportedModelError
 from trocar.core.seeds import generator
-from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform
+from trocar.patch.quantised import GroupInput, QuantisedExperts, QuantisedLinear, Transform
 
-CLIP_ROWS = 2048  # about how many rows the search for a clip of activations looks at
 FOLD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # of a block's output; half precision: 3e-2
 
 
@@ -37,13 +49,16 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:
-    """A quantised block. layers: path -> module in place; norms: path -> module whose gain was divided; taken: (path, original module);
-    errors: relative error of each layer's output on the float block's inputs, and of the block's output (`block`)."""
+    """A quantised block. layers: path -> module in place; norms: path -> module in float that took a scale (norms, a router); taken: (path,
+    original module); errors: relative error of each layer's output on the float block's inputs, and of the block's output (`block`);
+    experts: path -> mixture of experts in place; tokens: path -> how many calibration tokens each expert was sent."""
 
     layers: dict[str, QuantisedLinear]
     norms: dict[str, nn.Module]
     taken: list[tuple[str, nn.Module]]
     errors: dict[str, float]
+    experts: dict[str, QuantisedExperts] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 def quantise_block(
@@ -57,19 +72,24 @@ def quantise_block(
     block = tower.blocks[layer]
     found = groups(tower, layer)
     seen = statistics(tower, layer, found, reference)
+    sent = routes(block, layer, tower.module(layer, "experts"), reference) if tower.has(layer, "experts") else []
     staged = stage(anatomy, tower, layer)
+    tokens: list[int] = []
     try:
-        online = smooth(staged, found, seen, config)
+        online = smooth(staged, found, seen, config, sent)
         _check_folds(staged, reference, seen, config)
         samples = _samples(staged, found, reference)
-        staged.floats = dict(staged.layers)
+        sent = routes(block, layer, staged.experts, reference[:1]) if staged.experts is not None else []
+        staged.floats, staged.float_experts = dict(staged.layers), staged.experts
         bases, learned = {}, config.weights.clip == "learned"
-        for group in found:
+        for group in _dense(found):
             basis = quantise_group(staged, group, online.get(group.name), reference, current, config, seed)
             bases |= {group.name: basis} if learned else {}  # a copy of the block in float, needed to learn only
+        if staged.experts is not None:
+            tokens = quantise_experts(staged, found, current, config, seed)
         if learned:
             learn_clips(block, layer, staged.layers, bases, current, seen.outputs, config)
-        errors = _errors(staged, found, samples)
+        errors = _errors(staged, found, samples, sent, 0 if reference[0].real is not None else reference[0].hidden.shape[1])
         with torch.no_grad():
             after = [batch.entering(streams.run(block, layer, batch)) for batch in current]
         following = [batch.entering(out) for batch, out in zip(reference, seen.outputs, strict=True)]
@@ -80,14 +100,21 @@ def quantise_block(
         raise
     paths = {id(anatomy.model.get_submodule(path)): path for path, _ in staged.taken}
     layers = {paths[id(module)]: module for module in staged.layers.values()}
-    norms = {path: anatomy.model.get_submodule(path) for path, _ in staged.taken if path not in layers}
-    return BlockResult(layers, norms, list(staged.taken), errors), following, after
+    experts = {} if staged.experts is None else {tower.path(layer, "experts"): staged.experts}
+    norms = {path: anatomy.model.get_submodule(path) for path, _ in staged.taken if path not in layers and path not in experts}
+    result = BlockResult(layers, norms, list(staged.taken), errors, experts, dict.fromkeys(experts, tokens))
+    return result, following, after
+
+
+def _dense(found: Sequence[Group]) -> list[Group]:
+    return [group for group in found if not group.of_experts]
 
 
 def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequence[Batch]) -> Statistics:
     """One pass of the float block over its inputs."""
-    maxima: dict[str, list[torch.Tensor]] = {group.name: [] for group in found}
-    heads = {group.name: tower.module(layer, group.roles[0]) for group in found}
+    seen = [group for group in found if group.name != "experts_hidden"]
+    maxima: dict[str, list[torch.Tensor]] = {group.name: [] for group in seen}
+    heads = {group.name: tower.module(layer, group.roles[0]) for group in seen}
 
     def see(name: str, rows: torch.Tensor) -> None:
         if not rows.isfinite().all():
@@ -96,8 +123,8 @@ def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequen
         maxima[name].append(rows.abs().amax(0).float())
 
     relu = _Relu()
-    hidden = next(group for group in found if group.name == "mlp_hidden")
-    handles = [] if hidden.source else relu.attach(tower, layer)
+    asked = any(group.name == "mlp_hidden" and not group.source for group in found)
+    handles = relu.attach(tower, layer) if asked else []
     try:
         outputs = [streams.watch(tower.blocks[layer], layer, batch, heads, see) for batch in batches]
     finally:
@@ -129,13 +156,18 @@ class _Relu:
         return [up.register_forward_hook(after), down.register_forward_pre_hook(before)]
 
 
-def smooth(staged: Staged, found: Sequence[Group], seen: Statistics, config: DuQuantConfig) -> dict[str, torch.Tensor]:
+def smooth(
+    staged: Staged, found: Sequence[Group], seen: Statistics, config: DuQuantConfig, sent: Sequence[Route]
+) -> dict[str, torch.Tensor]:
     """Move outliers from activations to weights. Scales come from the unchanged weights of all groups; each is folded into what lies before
-    its group. Returns, by group, the scales that fold into nothing and have to be divided by as the model runs."""
+    its group. Returns, by group, the scales that fold into nothing and have to be divided by as the model runs. sent: to the experts."""
     if config.smoothing is None:
         return {}
     online, scales = {}, {}
-    for group in found:
+    if staged.experts is not None:
+        smooth_experts(staged, found, seen.maxima["experts_in"], sent, config)
+    plain = [group for group in _dense(found) if group.name != "shared_in"]  # which has the experts' scale
+    for group in plain:
         roles = group.roles if config.smoothing.weights == "all" else group.roles[:1]
         weight = largest([staged.layers[role].get_buffer("values").abs().amax(0) for role in roles])
         a = seen.maxima[group.name].to(weight)
@@ -143,8 +175,8 @@ def smooth(staged: Staged, found: Sequence[Group], seen: Statistics, config: DuQ
             a, weight = (scale_of_values(part, staged.tower, staged.layer) for part in (a, weight))
         scale = smoothing_scale(a, weight, config.smoothing.alpha)
         scales[group.name] = to_heads(scale, staged.tower, staged.layer) if group.source == "v" else scale
-    for group in found:
-        if _float_group(group, config):
+    for group in plain:
+        if is_float(group, config):
             continue
         source = "up" if group.name == "mlp_hidden" and seen.relu else group.source
         if source:
@@ -167,23 +199,16 @@ def quantise_group(
 
     Returns the float weights in the transformed basis, by role.
     """
-    if _float_group(group, config):
+    if is_float(group, config):
         return {}
     stream = generator(seed, "duquant", group)
     parts = group_inputs(staged, group, current, config.rows, stream)
     rows = streams.sample(parts, config.rows, stream)
     channels = rows.shape[1]
     scaled = rows if scale is None else rows / scale.to(rows)
-    chain = config.chain
-    if chain is not None and chain.foldable and group.name != "mlp_hidden":
-        chain = chain.model_copy(update={"steps": tuple(step for step in chain.steps if step != "permute")})
-    transform = build_chain(scaled, chain, stream, name=staged.tower.path(staged.layer, group.roles[0]))
+    transform = build_chain(scaled, chain_of(group, config), stream, name=staged.tower.path(staged.layer, group.roles[0]))
     transform = Transform(channels, scale, transform.steps).to(torch.float32)
-    bits = wanted_bits(group, config.keep)
-    activations, weights = config.activations.quantiser(channels), config.weights.quantiser(channels)
-    if bits is not None:
-        activations = activations.model_copy(update={"bits": max(bits, activations.bits), "clip": 1.0})
-        weights = weights.model_copy(update={"bits": max(bits, weights.bits), "clip": 1.0})
+    activations, weights = quantisers(group, channels, config)
     if config.activations.clip == "search" and not activations.is_float:
         every = torch.cat([part[:: max(1, len(part) * len(parts) // CLIP_ROWS)] for part in parts])
         activations = activations.model_copy(update={"clip": activation_clip(transform.online(every.float()), activations)})
@@ -199,36 +224,29 @@ def quantise_group(
         aims = list(towards(torch.cat(aims), *seen.halves).split([len(weight) for weight in aims]))
     for number, role in enumerate(group.roles):
         old = staged.layers[role]
-        content = bases[role] if weights.is_float else rounded(aims[number], weights, config, seen)
+        content = bases[role] if weights.is_float else rounded(aims[number], weights, config, None if seen is None else seen.hessian)
         new = QuantisedLinear(shared, weights, content, old.bias, owner=number == 0).to(rows.device)
         staged.place(role, new)
     return bases
 
 
-def rounded(weight: torch.Tensor, quantiser: Quantiser, config: DuQuantConfig, seen: Moments | None) -> Codes:
-    """Codes of a weight as the settings ask for it."""
-    clip = None
-    if config.weights.clip == "search":
-        clip = best_clip(weight, quantiser, None if seen is None else seen.hessian.diagonal())
-    return nearest(weight, quantiser, clip) if seen is None else gptq(weight, seen.hessian, quantiser, clip)
-
-
-def _float_group(group: Group, config: DuQuantConfig) -> bool:
-    kept = wanted_bits(group, config.keep)
-    return kept == 16 or (config.weights.bits == 16 and config.activations.bits == 16 and config.chain is None and config.smoothing is None)
-
-
 def _check_folds(staged: Staged, reference: Sequence[Batch], seen: Statistics, config: DuQuantConfig) -> None:
     """The smoothed float block must compute what the block computed: readers that nobody knew of would show here."""
-    if config.smoothing is None:
+    if config.smoothing is None and staged.experts is None:
         return
     with torch.no_grad():
         now = streams.run(staged.tower.blocks[staged.layer], staged.layer, reference[0])
     was, now = reference[0].only_real(seen.outputs[0]).float(), reference[0].only_real(now).float()
     error = float((now - was).norm() / was.norm())
     if not error < FOLD_TOLERANCE.get(seen.outputs[0].dtype, 3e-2):
+        path = staged.tower.path(staged.layer, "block")
+        if config.smoothing is None:
+            raise UnsupportedModelError(
+                f"The experts of {path} compute something else than act(gate x) * up x (relative error {error:.2g}).",
+                "Such experts cannot be quantised yet.",
+            )
         raise UnsupportedModelError(
-            f"Smoothing would change what {staged.tower.path(staged.layer, 'block')} computes (relative error {error:.2g}).",
+            f"Smoothing would change what {path} computes (relative error {error:.2g}).",
             "Something outside the known layers reads a norm, or the values pass through more than attention. Set smoothing to null.",
         )
 
@@ -242,16 +260,21 @@ def _samples(staged: Staged, found: Sequence[Group], reference: Sequence[Batch],
         inside = torch.arange(len(x), device=x.device) % length != 0 if reference[0].real is None else slice(None)
         rows[name] = x[inside][:limit]
 
-    heads = {group.name: staged.layers[group.roles[0]] for group in found}
+    heads = {group.name: staged.layers[group.roles[0]] for group in _dense(found)}
     streams.watch(staged.tower.blocks[staged.layer], staged.layer, reference[0], heads, see)
     return rows
 
 
-def _errors(staged: Staged, found: Sequence[Group], samples: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """||quantised output - float output|| / ||float output|| of every layer, biases left out."""
+def _errors(
+    staged: Staged, found: Sequence[Group], samples: Mapping[str, torch.Tensor], sent: Sequence[Route], length: int
+) -> dict[str, float]:
+    """||quantised output - float output|| / ||float output|| of every layer, biases left out; of all experts together."""
     errors = {}
     with torch.no_grad():
-        for group in found:
+        if staged.experts is not None and staged.float_experts is not None:
+            path = staged.tower.path(staged.layer, "experts")
+            errors[path] = output_error(staged.experts, staged.float_experts, sent[0], length)
+        for group in _dense(found):
             x = samples[group.name].float()
             for role in group.roles:
                 layer = staged.layers[role]

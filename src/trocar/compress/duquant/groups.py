@@ -13,10 +13,12 @@ from torch.func import functional_call
 
 from trocar.anatomy import Anatomy, LinearView, Tower
 from trocar.anatomy.linear import base_layer
+from trocar.compress.duquant.config import Chain, DuQuantConfig
 from trocar.core.errors import ConfigError, UnsupportedModelError
-from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform
+from trocar.patch.quantised import GroupInput, QuantisedExperts, QuantisedLinear, Quantiser, Transform, float_experts
 
-NAMES = ("attn_in", "attn_out", "mlp_in", "mlp_hidden")  # in the order of the forward pass
+# in the order of the forward pass; a mixture of experts has the last four in place of the MLP's two
+NAMES = ("attn_in", "attn_out", "mlp_in", "mlp_hidden", "shared_in", "shared_hidden", "experts_in", "experts_hidden")
 FLOAT = Quantiser(bits=16)
 
 
@@ -25,7 +27,8 @@ class Group:
     """Linear layers of one block that read one tensor.
 
     name: one of NAMES; roles: their modules' roles (fused ones count once); source: the role that a scale of the input folds into - a norm,
-    `v` (its rows, since attention mixes them linearly), `up` (its rows, which the gate or a ReLU lets through linearly) - or "".
+    `v` (its rows, since attention mixes them linearly), `up` (its rows, which the gate or a ReLU lets through linearly) - or "". The
+    groups of experts stand for the matrices of all experts of the block; they have one module, with the role `experts`.
     """
 
     tower: str
@@ -39,17 +42,23 @@ class Group:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of its linear layers as components have them, `L5.mlp.down`."""
+        """Names of its linear layers as components have them, `L5.mlp.down`; `L5.mlp.experts.down`, `L5.mlp.shared.up` for experts."""
         prefix = f"{self.tower + '.' if self.tower else ''}L{self.layer}."
         part = "attn" if self.name.startswith("attn") else "mlp"
-        return tuple(f"{prefix}{part}.{role}" for fused in self.roles for role in MEMBERS.get(fused, (fused,)))
+        roles = EXPERTS_OF[self.name] if self.of_experts else self.roles
+        return tuple(f"{prefix}{part}.{role.replace('_', '.', 1)}" for fused in roles for role in MEMBERS.get(fused, (fused,)))
+
+    @property
+    def of_experts(self) -> bool:
+        return self.name in EXPERTS_OF
 
 
 MEMBERS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+EXPERTS_OF = {"experts_in": ("experts_up", "experts_gate"), "experts_hidden": ("experts_down",)}
 
 
 def groups(tower: Tower, layer: int) -> list[Group]:
-    """The four input groups of a block, in the order in which the forward pass comes to them.
+    """The input groups of a block, in the order in which the forward pass comes to them.
 
     With norms after the additions (`post`) the input of a block is the residual stream itself, into which nothing folds. Whether a hidden
     layer without a gate lets a scale through (ReLU) is found out on data, by `is_relu`; here it has no source.
@@ -61,10 +70,24 @@ def groups(tower: Tower, layer: int) -> list[Group]:
     def norm(role: str) -> str:
         return role if tower.residual != "post" and tower.has(layer, role) else ""
 
-    gated = tower.has(layer, "gate") or tower.has(layer, "gate_up")
-    return [
+    attention = [
         Group(tower.name, layer, "attn_in", present("qkv") or present("q", "k", "v"), norm("attn_norm")),
         Group(tower.name, layer, "attn_out", ("o",), "v"),
+    ]
+    if tower.has(layer, "experts"):
+        shared = [
+            Group(tower.name, layer, "shared_in", present("shared_up", "shared_gate"), norm("mlp_norm")),
+            Group(tower.name, layer, "shared_hidden", ("shared_down",), "shared_up"),
+        ]
+        return [
+            *attention,
+            *(shared if tower.has(layer, "shared_up") else []),
+            Group(tower.name, layer, "experts_in", ("experts",), norm("mlp_norm")),
+            Group(tower.name, layer, "experts_hidden", ("experts",), ""),
+        ]
+    gated = tower.has(layer, "gate") or tower.has(layer, "gate_up")
+    return [
+        *attention,
         Group(tower.name, layer, "mlp_in", present("gate_up") or present("up", "gate"), norm("mlp_norm")),
         Group(tower.name, layer, "mlp_hidden", ("down",), "up" if gated else ""),
     ]
@@ -74,8 +97,9 @@ def groups(tower: Tower, layer: int) -> list[Group]:
 class Staged:
     """A block whose linear layers were exchanged for float stand-ins that may be changed, the originals untouched.
 
-    layers: by role, those in place now; floats: the stand-ins with smoothed weights, for a look at the float block later on; taken: (path,
-    original) of every exchanged module; views: of v and up, for their rows in fused projections.
+    layers: by role, those in place now; floats: the stand-ins with smoothed weights, for a look at the float block later on; experts and
+    float_experts: the same of a mixture of experts, None in dense blocks; taken: (path, original) of every exchanged module; views: of v
+    and up, for their rows in fused projections.
     """
 
     anatomy: Anatomy
@@ -85,6 +109,13 @@ class Staged:
     taken: list[tuple[str, nn.Module]]
     views: dict[str, LinearView]
     floats: dict[str, QuantisedLinear] = field(default_factory=dict)
+    experts: QuantisedExperts | None = None
+    float_experts: QuantisedExperts | None = None
+
+    def place_experts(self, experts: QuantisedExperts) -> None:
+        """Make `experts` the block's."""
+        self.experts = experts
+        self.exchange(self.tower.path(self.layer, "experts"), experts)
 
     def place(self, role: str, layer: QuantisedLinear) -> None:
         """Make `layer` the one of its role."""
@@ -112,8 +143,15 @@ def stage(anatomy: Anatomy, tower: Tower, layer: int) -> Staged:
     """Exchange a block's linear layers for float32 stand-ins. Raises UnsupportedModelError where an adapter is attached."""
     staged = Staged(anatomy, tower, layer, {}, [], {})
     prefix = f"{tower.name + '.' if tower.name else ''}L{layer}."
-    staged.views = {"v": anatomy.linear(f"{prefix}attn.v"), "up": anatomy.linear(f"{prefix}mlp.up")}
+    staged.views = {"v": anatomy.linear(f"{prefix}attn.v")}
+    experts = tower.experts(layer)
+    if experts is None:
+        staged.views["up"] = anatomy.linear(f"{prefix}mlp.up")
+    else:
+        staged.place_experts(float_experts(experts.gate_up, experts.down, experts.activation))
     for group in groups(tower, layer):
+        if group.of_experts:
+            continue
         for role in group.roles:
             module: Any = tower.module(layer, role)
             path = tower.path(layer, role)
@@ -149,9 +187,9 @@ def fold(staged: Staged, group: Group, scale: torch.Tensor) -> torch.Tensor:
 
     A norm in half precision cannot hold gain / scale; the scale is then the ratio of the gain to what it was rounded to.
     """
-    if group.source in ("v", "up"):
+    if group.source in ("v", "up", "shared_up"):
         layer, rows = _rows(staged, group.source)
-        small = scale if group.source == "up" else scale_of_values(scale, staged.tower, staged.layer)
+        small = scale_of_values(scale, staged.tower, staged.layer) if group.source == "v" else scale
         values: torch.Tensor = layer.get_buffer("values")
         values[rows] /= small[:, None].to(values)
         if layer.bias is not None:
@@ -183,7 +221,7 @@ def multiply(staged: Staged, group: Group, scale: torch.Tensor) -> None:
 
 def _rows(staged: Staged, role: str) -> tuple[QuantisedLinear, Any]:
     owner = role if role in staged.layers else {"v": "qkv", "up": "gate_up"}[role]
-    rows = staged.views[role].rows
+    rows = staged.views[role].rows if role in staged.views else None
     return staged.layers[owner], slice(None) if rows is None else torch.tensor(list(rows))
 
 
@@ -208,6 +246,30 @@ def wanted_bits(group: Group, keep: dict[str, int]) -> int | None:
     """The bits that settings ask for one of the group's layers, the largest of several."""
     named = [bits for name, bits in keep.items() if name in group.components]
     return max(named, default=None)
+
+
+def is_float(group: Group, config: DuQuantConfig) -> bool:
+    """Whether the settings leave the group as it is."""
+    kept = wanted_bits(group, config.keep)
+    return kept == 16 or (config.weights.bits == 16 and config.activations.bits == 16 and config.chain is None and config.smoothing is None)
+
+
+def quantisers(group: Group, channels: int, config: DuQuantConfig) -> tuple[Quantiser, Quantiser]:
+    """Grids of the group's activations and weights. channels: of its input."""
+    bits = wanted_bits(group, config.keep)
+    activations, weights = config.activations.quantiser(channels), config.weights.quantiser(channels)
+    if bits is not None:
+        activations = activations.model_copy(update={"bits": max(bits, activations.bits), "clip": 1.0})
+        weights = weights.model_copy(update={"bits": max(bits, weights.bits), "clip": 1.0})
+    return activations, weights
+
+
+def chain_of(group: Group, config: DuQuantConfig) -> Chain | None:
+    """The group's chain: a foldable one permutes in front of down maps only."""
+    chain = config.chain
+    if chain is not None and chain.foldable and not group.name.endswith("hidden"):
+        chain = chain.model_copy(update={"steps": tuple(step for step in chain.steps if step != "permute")})
+    return chain
 
 
 def check_keep(names: Sequence[str], known: Sequence[Group]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from torch import nn
 
 from trocar.anatomy import Anatomy, Tower
+from trocar.anatomy.linear import check_linear
 from trocar.compress.duquant import streams
 from trocar.compress.duquant.blocks import BlockResult, quantise_block
 from trocar.compress.duquant.config import DuQuantConfig
+from trocar.compress.duquant.experts import check_settings, told
 from trocar.compress.duquant.groups import check_keep, groups, put
 from trocar.core.progress import track
 from trocar.evaluate.forward import evaluating
-from trocar.patch import Op, Patch, RoundHeads, SparseReplace
+from trocar.patch import Op, Patch, QuantiseExperts, RoundHeads, SparseReplace
 from trocar.patch.ops.quantise import one_per_input
-from trocar.patch.quantised import QuantisedLinear, RoundedHeads
+from trocar.patch.quantised import QuantisedExperts, QuantisedLinear, RoundedHeads
 
 
 @dataclass
@@ -36,6 +39,16 @@ class QuantisedModel:
         return {path: layer for block in self.blocks for path, layer in block.layers.items()}
 
     @property
+    def experts(self) -> dict[str, QuantisedExperts]:
+        """Every mixture of experts by its path."""
+        return {path: experts for block in self.blocks for path, experts in block.experts.items()}
+
+    @property
+    def tokens(self) -> dict[str, list[int]]:
+        """How many calibration tokens each expert of a mixture was sent, by the mixture's path."""
+        return {path: tokens for block in self.blocks for path, tokens in block.tokens.items()}
+
+    @property
     def errors(self) -> dict[str, float]:
         """Relative output error of every layer on the calibration input; of whole blocks under `L5`."""
         named = {}
@@ -44,7 +57,8 @@ class QuantisedModel:
         return named
 
     def operations(self) -> list[Op]:
-        """What was done, as operations of a patch: the norms' new gains, then one operation for each input. Valid after `revert` too."""
+        """What was done, as operations of a patch: the norms' new gains, then one operation for each input. Valid after `revert` too.
+        What the settings left in float and no scale reached has none."""
         ops: list[Op] = []
         for block in self.blocks:
             original = dict(block.taken)
@@ -53,14 +67,17 @@ class QuantisedModel:
                     old = original[path].get_parameter(name)
                     op = SparseReplace.between(f"{path}.{name}", old, parameter)
                     ops += [op] if op is not None else []
-            ops += one_per_input(block.layers)
+            ops += one_per_input({path: layer for path, layer in block.layers.items() if not unchanged(path, layer, original[path])})
+            ops += [
+                QuantiseExperts(path, experts) for path, experts in block.experts.items() if not experts_unchanged(experts, original[path])
+            ]
         return ops if self.heads is None else [*ops, RoundHeads(self.tower.name, self.heads.quantiser.bits)]
 
     def patch(self, **settings: Any) -> Patch:
         """The quantisation as a patch of the float model, which is put back first. settings: what made it, for the file's header."""
         ops = self.operations()
         self.revert()
-        return Patch.of(self.anatomy.model, ops, "duquant", settings)
+        return Patch.of(self.anatomy, ops, "duquant", settings)
 
     def revert(self) -> None:
         if self.heads is not None:
@@ -68,6 +85,24 @@ class QuantisedModel:
         while self.blocks:
             for path, module in reversed(self.blocks.pop().taken):
                 put(self.anatomy.model, path, module)
+
+
+def unchanged(path: str, layer: QuantisedLinear, original: Any) -> bool:
+    """Whether a layer computes what the float layer in its place did."""
+    if not (layer.quantiser.is_float and layer.shared.quantiser.is_float) or layer.shared.kinds:
+        return False
+    weight = original.weight.T if check_linear(original, path) else original.weight
+    same = torch.equal(layer.get_buffer("values"), weight.float())
+    return same and (layer.bias is None or torch.equal(layer.bias, original.bias.float()))
+
+
+def experts_unchanged(experts: QuantisedExperts, original: nn.Module) -> bool:
+    """The same for a mixture of experts."""
+    fronts: list[Any] = [experts.input, *experts.hidden]
+    pairs = ((experts.gate_up, "gate_up_proj"), (experts.down, "down_proj"))
+    if any(front.kinds or not front.quantiser.is_float for front in fronts) or not all(one.quantiser.is_float for one, _ in pairs):
+        return False
+    return all(torch.equal(one.get_buffer("values"), original.get_parameter(name).float()) for one, name in pairs)
 
 
 def quantise(
@@ -90,9 +125,10 @@ def quantise(
     model is as it was.
     """
     config = config or DuQuantConfig()
-    anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
+    anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model, experts=True)
     chosen = anatomy.tower(tower)
     check_keep(list(config.keep), [group for layer in range(chosen.n_layers) for group in groups(chosen, layer)])
+    check_settings(chosen, config)
     done = QuantisedModel(anatomy, chosen)
     with evaluating(anatomy.model), torch.no_grad():
         reference, current = streams.both(anatomy, chosen, inputs, config)
@@ -111,4 +147,6 @@ def quantise(
         except BaseException:
             done.revert()
             raise
+    if note := told(done.tokens):
+        warnings.warn(note, stacklevel=2)
     return done

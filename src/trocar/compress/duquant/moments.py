@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 
 from trocar.compress.duquant import streams
+from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import Group, Staged
-from trocar.compress.duquant.rounding import Half
+from trocar.compress.duquant.rounding import Codes, Half, best_clip, gptq, nearest
 from trocar.compress.duquant.streams import Batch
 from trocar.patch.quantised import GroupInput, Quantiser, quantised
 
+CLIP_ROWS = 2048  # about how many rows the search for a clip of activations looks at
 KEPT = 1 << 30  # bytes of a group's input that are held at once
 RATIOS = tuple(1 - 0.025 * i for i in range(17))  # 1.0 .. 0.6
 
@@ -80,7 +82,7 @@ def moments(
         for number, batch in enumerate(current):
             rows = parts[number] if whole else _input(staged, group, batch)
             x = shared.values(rows).float()
-            weights = _row_weights(x, reach)
+            weights = row_weights(x, reach)
             half = 0 if reference is None else 2 * (number % 2)
             sums[half].addmm_((x * weights).T, x)
             if reference is not None:
@@ -92,11 +94,19 @@ def moments(
     return Moments(sums[0] + sums[2], (Half(sums[0], sums[1]), Half(sums[2], sums[3])))
 
 
-def _row_weights(x: torch.Tensor, reach: float | None) -> torch.Tensor | float:
+def row_weights(x: torch.Tensor, reach: float | None) -> torch.Tensor | float:
     if reach is None:
         return 1.0
     lengths = x.norm(dim=1, keepdim=True)
     return (reach * lengths.median() / lengths.clamp(min=1e-30)).clamp(max=1).square()
+
+
+def rounded(weight: torch.Tensor, quantiser: Quantiser, config: DuQuantConfig, hessian: torch.Tensor | None) -> Codes:
+    """Codes of a weight as the settings ask for it; without a Hessian to nearest."""
+    clip = None
+    if config.weights.clip == "search":
+        clip = best_clip(weight, quantiser, None if hessian is None else hessian.diagonal())
+    return nearest(weight, quantiser, clip) if hessian is None else gptq(weight, hessian, quantiser, clip)
 
 
 def activation_clip(turned: torch.Tensor, quantiser: Quantiser, ratios: Sequence[float] = RATIOS) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trocar.patch.ops.adapter import Adapter
+from trocar.patch.ops.experts import QuantiseExperts
 from trocar.patch.ops.gate import Gate
 from trocar.patch.ops.heads import RoundHeads
 from trocar.patch.ops.low_rank import LowRank
@@ -18,6 +19,8 @@ from trocar.patch.ops.scale import ScaleAt
 from trocar.patch.ops.sparse import SparseReplace
 from trocar.patch.ops.vector import AddVector
 
-Op = SparseReplace | LowRank | Gate | ScaleAt | AddVector | Remove | Adapter | Quantise | RoundHeads
+Op = SparseReplace | LowRank | Gate | ScaleAt | AddVector | Remove | Adapter | Quantise | QuantiseExperts | RoundHeads
 
-KINDS: dict[str, Any] = {op.kind: op for op in (SparseReplace, LowRank, Gate, ScaleAt, AddVector, Remove, Adapter, Quantise, RoundHeads)}
+KINDS: dict[str, Any] = {
+    op.kind: op for op in (SparseReplace, LowRank, Gate, ScaleAt, AddVector, Remove, Adapter, Quantise, QuantiseExperts, RoundHeads)
+}

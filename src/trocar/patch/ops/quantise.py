@@ -42,6 +42,40 @@ class LayerRecord(Strict):
     bias: bool
 
 
+def fitting(channels: int, steps: Sequence[StepRecord], grids: Sequence[GridRecord]) -> None:
+    """Raise ValueError for steps or grids that do not act on rows of `channels`."""
+    for step in steps:
+        if (step.kind == "rotation") != (step.size is not None) or (step.size and channels % step.size):
+            raise ValueError(f"a {step.kind} of size {step.size} does not act on {channels} channels")
+    for grid in grids:
+        if grid.group is not None and channels % grid.group:
+            raise ValueError(f"groups of {grid.group} do not divide {channels} columns")
+
+
+def step_specs(steps: Sequence[StepRecord], channels: int, lead: tuple[int, ...] = ()) -> dict[str, Spec]:
+    """The tensors of a transform's steps; lead: leading axes."""
+    found = {}
+    for number, step in enumerate(steps):
+        if step.size is None:
+            found[f"permutation{number}"] = Spec("I64", (*lead, channels))
+        else:
+            found[f"rotation{number}"] = Spec("F32", lead + ((channels // step.size,) if step.each else ()) + (step.size, step.size))
+    return found
+
+
+def weight_specs(grid: GridRecord, outputs: int, inputs: int, lead: tuple[int, ...] = ()) -> dict[str, Spec]:
+    """The tensors of a weight (outputs, inputs); lead: leading axes."""
+    if grid.bits == 16:
+        return {"values": Spec("F32", (*lead, outputs, inputs))}
+    whole, groups = "U8" if grid.bits <= 8 else "I32", inputs // (grid.group or inputs)
+    columns = -(-inputs // 2) if grid.bits <= 4 else inputs
+    return {
+        "codes": Spec(whole, (*lead, outputs, columns)),
+        "step": Spec("F32", (*lead, outputs, groups)),
+        "zero": Spec(whole, (*lead, outputs, groups)),
+    }
+
+
 class QuantiseRecord(Record):
     kind: Literal["quantise"] = "quantise"
     inputs: Size
@@ -55,31 +89,14 @@ class QuantiseRecord(Record):
     def _consistent(self) -> QuantiseRecord:
         if len({layer.name for layer in self.layers}) < len(self.layers):
             raise ValueError("layers must be unique")
-        for step in self.steps:
-            if (step.kind == "rotation") != (step.size is not None) or (step.size and self.inputs % step.size):
-                raise ValueError(f"a {step.kind} of size {step.size} does not act on {self.inputs} channels")
-        for grid in (self.activations, self.weights):
-            if grid.group is not None and self.inputs % grid.group:
-                raise ValueError(f"groups of {grid.group} do not divide {self.inputs} columns")
+        fitting(self.inputs, self.steps, (self.activations, self.weights))
         return self
 
     def specs(self) -> dict[str, Spec]:
         found = {"scale": Spec("F32", (self.inputs,))} if self.scale else {}
-        for number, step in enumerate(self.steps):
-            if step.size is None:
-                found[f"permutation{number}"] = Spec("I64", (self.inputs,))
-            else:
-                found[f"rotation{number}"] = Spec("F32", ((self.inputs // step.size,) if step.each else ()) + (step.size, step.size))
-        groups = self.inputs // (self.weights.group or self.inputs)
+        found |= step_specs(self.steps, self.inputs)
         for number, layer in enumerate(self.layers):
-            if self.weights.bits == 16:
-                found[f"{number}.values"] = Spec("F32", (layer.outputs, self.inputs))
-            else:
-                whole = "U8" if self.weights.bits <= 8 else "I32"
-                columns = -(-self.inputs // 2) if self.weights.bits <= 4 else self.inputs
-                found[f"{number}.codes"] = Spec(whole, (layer.outputs, columns))
-                found[f"{number}.step"] = Spec("F32", (layer.outputs, groups))
-                found[f"{number}.zero"] = Spec(whole, (layer.outputs, groups))
+            found |= {f"{number}.{name}": spec for name, spec in weight_specs(self.weights, layer.outputs, self.inputs).items()}
             if layer.bias:
                 found[f"{number}.bias"] = Spec("F32", (layer.outputs,))
         return found
@@ -115,12 +132,6 @@ class Quantise:
         if any(layer.shared is not first.shared or layer.quantiser != first.quantiser for layer in self.layers):
             raise PatchFormatError("quantise: its layers do not share one input and one kind of weights.", "Make one for each input.")
         transform = first.shared.transform
-        steps = tuple(
-            StepRecord(kind="rotation", size=step.shape[-1], each=step.ndim == 3)
-            if step.is_floating_point()
-            else StepRecord(kind="permutation")
-            for step in transform.steps
-        )
         layers = tuple(
             LayerRecord(name=name, outputs=layer.out_features, bias=layer.bias is not None)
             for name, layer in zip(self.names, self.layers, strict=True)
@@ -132,7 +143,7 @@ class Quantise:
                 QuantiseRecord,
                 inputs=transform.channels,
                 scale=transform.scale is not None,
-                steps=steps,
+                steps=step_records(transform),
                 activations=GridRecord(**first.shared.quantiser.model_dump()),
                 weights=GridRecord(**first.quantiser.model_dump()),
                 layers=layers,
@@ -150,20 +161,12 @@ class Quantise:
 
     @classmethod
     def build(cls, record: QuantiseRecord, tensors: dict[str, torch.Tensor]) -> Quantise:
-        import torch
-
         from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform, unpack
 
         kinds = [f"{step.kind}{number}" for number, step in enumerate(record.steps)]
         transform = Transform(record.inputs, tensors.get("scale"), tuple(tensors[kind] for kind in kinds))
         for kind in kinds:
-            part = tensors[kind]
-            if not part.is_floating_point():
-                good = torch.equal(part.sort().values, torch.arange(record.inputs))
-            else:
-                good = bool((part @ part.mT - torch.eye(part.shape[-1])).abs().max() < 1e-3)
-            if not good:
-                raise PatchFormatError(f"quantise: {kind} of {record.layers[0].name} is not one of its {record.inputs} channels.")
+            check_step(tensors[kind], record.inputs, f"quantise: {kind} of {record.layers[0].name}")
         weights, activations = (Quantiser(**grid.model_dump()) for grid in (record.weights, record.activations))
         shared = GroupInput(transform, activations, len(record.layers))
         layers = []
@@ -171,10 +174,8 @@ class Quantise:
             content: Any = tensors.get(f"{number}.values")
             if content is None:
                 code, step, zero = (tensors[f"{number}.{part}"] for part in ("codes", "step", "zero"))
+                check_codes(code, zero, weights, record.inputs, f"quantise: {layer.name}")
                 code = unpack(code, record.inputs) if weights.bits <= 4 else code
-                outside = (code.max() > weights.top, code.min() < weights.bottom, zero.max() > weights.top, zero.min() < 0)
-                if any(bool(one) for one in outside):
-                    raise PatchFormatError(f"quantise: {layer.name} has codes that {weights.bits} bits cannot hold.")
                 content = (code, step, zero)
             layers.append(QuantisedLinear(shared, weights, content, tensors.get(f"{number}.bias"), owner=number == 0))
         return cls([layer.name for layer in record.layers], layers)
@@ -209,6 +210,40 @@ class Quantise:
             if layer.bias is not None:
                 found.append(Write(target, Place(f"{name}.bias"), _filled(lambda layer=layer: layer.bias, False)))
         return found
+
+
+def step_records(transform: Any) -> tuple[StepRecord, ...]:
+    """A Transform's steps as a header says them."""
+    return tuple(
+        StepRecord(kind="rotation", size=step.shape[-1], each=step.ndim == 3)
+        if step.is_floating_point()
+        else StepRecord(kind="permutation")
+        for step in transform.steps
+    )
+
+
+def check_step(part: torch.Tensor, channels: int, what: str) -> None:
+    """Raise PatchFormatError unless a stored step is a rotation or a permutation."""
+    import torch
+
+    if not part.is_floating_point():
+        good = torch.equal(part.sort().values, torch.arange(channels))
+    else:
+        good = bool((part @ part.mT - torch.eye(part.shape[-1])).abs().max() < 1e-3)
+    if not good:
+        raise PatchFormatError(f"{what} is not one of its {channels} channels.")
+
+
+def check_codes(code: torch.Tensor, zero: torch.Tensor, quantiser: Any, columns: int, what: str) -> None:
+    """Raise PatchFormatError for codes, as they are stored, or zero points that the quantiser cannot have made."""
+    from trocar.patch.quantised import unpack
+
+    highest, lowest = 0, quantiser.top
+    for part in code.flatten(0, -2).split(4096):  # the whole unpacked would take twice the memory
+        rows = unpack(part, columns) if quantiser.bits <= 4 else part
+        highest, lowest = max(highest, int(rows.max())), min(lowest, int(rows.min()))
+    if highest > quantiser.top or lowest < quantiser.bottom or int(zero.max()) > quantiser.top or int(zero.min()) < 0:
+        raise PatchFormatError(f"{what} has codes that {quantiser.bits} bits cannot hold.")
 
 
 def _filled(compute: Any, transposed: bool) -> Any:
@@ -252,7 +287,7 @@ class Exchange:
             raise PatchBaseError(f"{self.name} was exchanged by another operation.", "Make one operation for each layer.")
         old = module.weight.detach()
         new = self.new.effective_weight()
-        seen = _compared(old, (new.T if self.transposed else new).to(old.device, old.dtype))
+        seen = compared(old, (new.T if self.transposed else new).to(old.device, old.dtype))
         self.old = module
         self.new.train(module.training)
         self._put(self.new)
@@ -272,7 +307,7 @@ class Exchange:
         setattr(self.target.model.get_submodule(owner), leaf, module)
 
 
-def _compared(old: torch.Tensor, new: torch.Tensor) -> Effect:
+def compared(old: torch.Tensor, new: torch.Tensor) -> Effect:
     """Entries whose bits differ and the norm of the difference, a slab of rows at a time."""
     import torch
 

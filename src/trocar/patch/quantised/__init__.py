@@ -1,5 +1,6 @@
 """Linear maps with low-bit weights and activations: their arithmetic, the change of basis in front of them, and their modules. Floor 3."""
 
+from trocar.patch.quantised.experts import Matrices, QuantisedExperts, float_experts
 from trocar.patch.quantised.hadamard import hadamard, largest_hadamard
 from trocar.patch.quantised.heads import RoundedHeads
 from trocar.patch.quantised.linear import GroupInput, QuantisedLinear, execute
@@ -8,6 +9,8 @@ from trocar.patch.quantised.transform import Transform
 
 __all__ = [
     "GroupInput",
+    "Matrices",
+    "QuantisedExperts",
     "QuantisedLinear",
     "Quantiser",
     "RoundedHeads",
@@ -15,6 +18,7 @@ __all__ = [
     "codes",
     "dequantise",
     "execute",
+    "float_experts",
     "grid",
     "hadamard",
     "integer_linear",

@@ -141,9 +141,7 @@ class QuantisedLinear(FullPrecision):
 
     def effective_weight(self) -> torch.Tensor:
         """The weight in the basis of the layer's own input, (O, C) float32: what a float layer would hold in its place."""
-        transform = self.shared.transform
-        rotated = Transform(transform.channels, None, transform.steps).inverse(self.transformed_weight().double())
-        return (rotated if transform.scale is None else rotated / transform.scale.to(rotated)).float()
+        return unturned(self.transformed_weight(), self.shared.transform)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -203,6 +201,12 @@ class QuantisedLinear(FullPrecision):
         return f"{self.in_features} -> {self.out_features}, {self.quantiser.bits} bits, {self.mode}"
 
 
+def unturned(weight: torch.Tensor, transform: Transform) -> torch.Tensor:
+    """A weight (O, C) in the transformed basis, back in that of its own input, float32."""
+    rotated = Transform(transform.channels, None, transform.steps).inverse(weight.double())
+    return (rotated if transform.scale is None else rotated / transform.scale.to(rotated)).float()
+
+
 def execute(model: nn.Module, mode: str = "auto") -> dict[str, int]:
     """Choose how the quantised layers of a model compute; returns how many run in each mode.
 
@@ -211,14 +215,18 @@ def execute(model: nn.Module, mode: str = "auto") -> dict[str, int]:
     rows in bfloat16. auto: integer where it can be, else packed for bfloat16 layers with float activations, else simulated. Raises
     ConfigError for a mode that one of the layers cannot run in, with the reason.
     """
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+    from trocar.patch.quantised.experts import QuantisedExperts
+
+    kinds = (QuantisedLinear, QuantisedExperts)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
     if mode not in (*MODES, "auto"):
         raise ConfigError(f"There is no mode '{mode}'.", f"Use {', '.join(MODES)} or auto.")
     half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     for path, layer in layers.items():
         if mode == "auto":
-            floats = layer.shared.quantiser.is_float
-            wanted = "integer" if not layer.can("integer") else "packed" if half and floats and not layer.can("packed") else "simulated"
+            front = layer.shared if isinstance(layer, QuantisedLinear) else layer.input
+            packed = half and front.quantiser.is_float and not layer.can("packed")
+            wanted = "integer" if not layer.can("integer") else "packed" if packed else "simulated"
         elif reason := layer.can(mode):
             raise ConfigError(f"{path} cannot run in mode '{mode}': {reason}.", "Use auto.")
         else:
