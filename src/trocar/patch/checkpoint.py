@@ -250,12 +250,18 @@ def closest(name: str, tensors: list[FileTensor]) -> list[FileTensor]:
     return ranked[:1] if len(ranked) == 1 or (ranked and common(ranked[0]) > common(ranked[1])) else []
 
 
+def is_stacked(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds the weights of all experts of a block."""
+    return parameter.ndim == 3 and "experts" in name.split(".")
+
+
 def saved_names(model: Any) -> dict[str, str]:
     """Parameter name -> the name under which transformers would save it, where it is only renamed. Empty if that cannot be found out."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
 
-        marks = {name: torch.full((1,), float(number)) for number, name in enumerate(model.state_dict())}
+        single = [name for name, value in model.state_dict().items() if not is_stacked(name, value)]
+        marks = {name: torch.full((1,), float(number)) for number, name in enumerate(single)}
         back = {float(mark): name for name, mark in marks.items() for mark in [mark[0]]}
         renamed = revert_weight_conversion(model, dict(marks))
         return {back[float(mark[0])]: name for name, mark in renamed.items() if mark.numel() == 1 and float(mark[0]) in back}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from trocar.patch.ops.vector import AddVector
 from trocar.patch.patch import Patch, check_structure, raw_bytes
 from trocar.patch.record import DTYPES, torch_dtype
 from trocar.patch.removal import Removal, kept, refuse_inexpressible
+from trocar.patch.stacked import Places, Stacks, expert_keys, spelt
 
 
 def merge_into(
@@ -46,8 +48,8 @@ def merge_into(
 ) -> dict[str, Any]:
     """Make the checkpoint `target` from `source` with the patch built in, in the memory of about one tensor.
 
-    Files are rewritten one after the other; tensors that the patch does not touch are copied byte for byte, and so are configuration and
-    tokenizer; `target` appears when it is complete. The result equals apply and save_pretrained. Contents of touched tensors are compared
+    Files are rewritten one after the other (of a mixture of experts a block's experts are held together); tensors that the patch does not
+    touch are copied byte for byte, and so are configuration and tokenizer; `target` appears when it is complete. The result equals apply and save_pretrained. Contents of touched tensors are compared
     with the base's fingerprints first.
 
     Returns {"tensors": changed, "removed": ..., "bytes": ..., "files": ...}.
@@ -62,11 +64,17 @@ def merge_into(
     tensors = scan(source)
     surgery = next((op.surgery(plan_target) for op in patch.ops if isinstance(op, Remove)), None)
     wanted = wanted_fingerprints(patch, plan_target)
-    places = match(model, wanted, tensors)
+    writes: dict[str, list[Write]] = {}
+    stored = {key: (file, entry) for file in shards_of(source) for key, entry in entries(file).items()}
+    stacks = _stacks(plan_target, wanted, stored, writes)
+    places = match(model, {name: digest for name, digest in wanted.items() if name not in stacks.keys}, tensors)
+    for name, keys in stacks.keys.items():
+        parameter = plan_target.tensor(name)
+        parameter.data = parameter.data.to(torch_dtype(stacks.places[keys[0][0]][1].dtype))
     for name, (first, *_) in places.items():  # the skeleton's dtypes become the checkpoint's, so that operations can compare theirs
         parameter = plan_target.tensor(name)
         parameter.data = parameter.data.to(torch_dtype(first.dtype))
-    writes = planned_writes(patch, plan_target)
+    writes |= planned_writes(patch, plan_target)
     config = _shortened_config(plan_target, surgery) if surgery else None
     by_key = {(t.file, t.name): name for name, found in places.items() for t in found}
     report = {"tensors": 0, "removed": 0, "bytes": 0, "files": 0}
@@ -79,6 +87,10 @@ def merge_into(
         for file in shards_of(source):
             sources = []
             for key, entry in entries(file).items():
+                if key in stacks.owner:
+                    report["tensors"] += 1
+                    sources.append(Source(key, entry.dtype, entry.shape, entry.stop - entry.start, _writer(stacks, key)))
+                    continue
                 name = by_key.get((file, key))
                 new_key = key if surgery is None else _renamed(key, layers)
                 if new_key is None:
@@ -99,6 +111,24 @@ def merge_into(
             index.setdefault("metadata", {})["total_size"] = report["bytes"]
             write_json(folder / INDEX, index | {"weight_map": weight_map})
     return report
+
+
+def _stacks(target: Target, wanted: dict[str, str | None], places: Places, writes: dict[str, list[Write]]) -> Stacks:
+    """The wanted parameters that hold all experts of a block and that the checkpoint keeps one by one. Raises PatchBaseError."""
+    keys = {name: spelt(target.model, parts, places) for name, parts in expert_keys(target.model).items() if name in wanted}
+
+    def change(name: str, stack: torch.Tensor) -> None:
+        for step in writes.get(name, []):
+            step.change(stack)
+
+    stacks = Stacks({name: parts for name, parts in keys.items() if parts is not None}, places, change)
+    for name in stacks.keys:
+        stacks.check(name, wanted[name])
+    return stacks
+
+
+def _writer(stacks: Stacks, key: str) -> Callable[[Any], None]:
+    return lambda handle: handle.write(raw_bytes(stacks.part(key)))
 
 
 def wanted_fingerprints(patch: Patch, target: Target) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from safetensors import safe_open
 from torch import nn
 
 from trocar.anatomy import Anatomy, Tower, tensor_fingerprint
+from trocar.anatomy.experts import check_experts
 from trocar.compress.duquant import streams
 from trocar.compress.duquant.blocks import BlockResult, quantise_block
 from trocar.compress.duquant.config import DuQuantConfig
+from trocar.compress.duquant.experts import check_settings, told
 from trocar.compress.duquant.groups import check_keep, groups, put
 from trocar.compress.duquant.streams import Batch
 from trocar.core.errors import DataError, ExportError, RunError
@@ -28,12 +31,15 @@ from trocar.core.files import atomic_path, read_json, write_json
 from trocar.core.progress import track
 from trocar.core.workspace import Workspace
 from trocar.patch.checkpoint import copy_others, entries, read_tensor, saved_names, shards, skeleton, spellings
+from trocar.patch.ops.experts import ExpertsRecord, QuantiseExperts
 from trocar.patch.ops.quantise import Quantise, QuantiseRecord, one_per_input
-from trocar.patch.quantised import RoundedHeads
+from trocar.patch.quantised import QuantisedExperts, RoundedHeads
 from trocar.patch.record import dtype_code
+from trocar.patch.stacked import expert_keys, read_stack, spelt
 
 ABOUT, REST = "quantised.json", "rest.safetensors"
 FORMAT, VERSION = "trocar-quantised", 1
+RECORDS = {"quantise": QuantiseRecord, "quantise-experts": ExpertsRecord}
 
 
 class Shelf:
@@ -48,8 +54,12 @@ class Shelf:
             key = next((one for one in said if one in self.found), None)
             if key is not None:
                 self.keys[name] = key
+        stacks = {name: spelt(model, keys, self.found) for name, keys in expert_keys(model).items() if name not in self.keys}
+        self.stacks = {name: keys for name, keys in stacks.items() if keys is not None}  # weights of experts, kept one by one
 
     def tensor(self, name: str) -> torch.Tensor:
+        if name in self.stacks:
+            return read_stack(self.stacks[name], self.found)
         if name not in self.keys:
             raise DataError(f"The checkpoint has no tensor for {name}.", "Load the model and quantise it in memory.")
         return read_tensor(*self.found[self.keys[name]])
@@ -113,8 +123,9 @@ def quantise_checkpoint(
     config = config or DuQuantConfig()
     model = empty_model(source)
     shelf = Shelf(source, model)
-    anatomy = Anatomy.of(model)
+    anatomy = Anatomy.of(model, experts=True)
     tower = anatomy.tower()
+    check_settings(tower, config)
     check_keep(list(config.keep), [group for layer in range(tower.n_layers) for group in groups(tower, layer)])
     inside = f"{tower.blocks_path}."
     for name, _ in list(model.named_parameters()):
@@ -134,15 +145,20 @@ def quantise_checkpoint(
     work = Workspace(Path(f"{target}.partial"), identity)
     driver = _Driver(anatomy, shelf, work, inputs, config, seed, dtype, device)
     errors: dict[str, float] = {}
+    sent: dict[str, list[int]] = {}
     with torch.no_grad():
         for layer in track(range(tower.n_layers), "quantise", tower.n_layers):
             tensors = work.tensors(_name(layer), {}, lambda layer=layer: driver.block(layer))
-            found = json.loads(bytes(tensors["about"].tolist()))["errors"]
+            about = json.loads(bytes(tensors["about"].tolist()))
+            found = about["errors"]
+            sent |= about["tokens"]
             driver.sweep(layer)
             errors |= {f"L{layer}" if path == "block" else path: error for path, error in found.items()}
             if tell is not None:
                 tell(layer, found)
     _finish(source, work.folder, target, model, tower, config, seed)
+    if note := told(sent):
+        warnings.warn(note, stacklevel=2)
     return errors
 
 
@@ -177,7 +193,7 @@ class _Driver:
         if self.at != layer:
             self._load(layer)
         fill(self.model, f"{self.path}.{layer}", self.shelf, self.dtype, self.device)
-        anatomy = Anatomy.of(self.model)  # its names and views belong to the parameters that are there now
+        anatomy = Anatomy.of(self.model, experts=True)  # its names and views belong to the parameters that are there now
         result, self.reference, self.current = quantise_block(
             anatomy, anatomy.tower(), layer, self.reference, self.current, self.config, self.seed
         )
@@ -219,11 +235,11 @@ def _states(layer: int) -> str:
 
 def _tensors(model: nn.Module, prefix: str, result: BlockResult) -> dict[str, torch.Tensor]:
     """A quantised block as tensors: its operations, its other parameters under their own names, and what they mean (JSON, as bytes)."""
-    ops = one_per_input(result.layers)
+    ops: list[Any] = [*one_per_input(result.layers), *(QuantiseExperts(path, experts) for path, experts in result.experts.items())]
     tensors = {f"op{number}.{name}": part for number, op in enumerate(ops) for name, part in op.tensors().items()}
     for name, parameter in model.get_submodule(prefix).named_parameters(prefix=prefix):
         tensors[name] = parameter.detach()
-    about = {"ops": [op.record().model_dump(mode="json") for op in ops], "errors": result.errors}
+    about = {"ops": [op.record().model_dump(mode="json") for op in ops], "errors": result.errors, "tokens": result.tokens}
     tensors["about"] = torch.tensor(list(json.dumps(about, sort_keys=True).encode()), dtype=torch.uint8)
     return tensors
 
@@ -261,7 +277,7 @@ def load_quantised(folder: str | os.PathLike[str], device: Any = "cpu") -> Any:
     if not good:
         raise DataError(f"{folder} is not a quantised checkpoint of version {VERSION}.", "Make one with quantise_checkpoint.")
     model = empty_model(folder)
-    tower = Anatomy.of(model).tower()
+    tower = Anatomy.of(model, experts=True).tower()
     for name, value in _read(folder / REST).items():
         _set(model, name, value)
     model.tie_weights()
@@ -269,9 +285,8 @@ def load_quantised(folder: str | os.PathLike[str], device: Any = "cpu") -> Any:
         file = folder / f"{_name(layer)}.safetensors"
         tensors = _read(file)
         try:
-            records = [
-                QuantiseRecord.model_validate_json(json.dumps(one)) for one in json.loads(bytes(tensors.pop("about").tolist()))["ops"]
-            ]
+            listed = json.loads(bytes(tensors.pop("about").tolist()))["ops"]
+            records = [RECORDS[one["kind"]].model_validate_json(json.dumps(one)) for one in listed]
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"{file} does not say what it holds ({str(error).splitlines()[0][:100]}).", "Make it again.") from None
         for number, record in enumerate(records):
@@ -281,10 +296,11 @@ def load_quantised(folder: str | os.PathLike[str], device: Any = "cpu") -> Any:
                 if part is None or tuple(part.shape) != spec.shape or dtype_code(part.dtype) != spec.dtype:
                     raise DataError(f"{file}: op{number}.{name} is missing or not {spec.dtype} {list(spec.shape)}.", "Make it again.")
                 parts[name] = part
-            op = Quantise.build(record, parts)
-            for name, quantised in zip(op.names, op.layers, strict=True):
+            for name, quantised in _modules(record, parts):
                 if not name.startswith(f"{path}.{layer}."):
                     raise DataError(f"{file} holds the layer {name}, which is not of block {layer}.", "Make it again.")
+                if isinstance(quantised, QuantisedExperts):
+                    quantised.act_fn = check_experts(model.get_submodule(name), name)[2]
                 put(model, name, quantised.eval())
         for name, value in tensors.items():
             _set(model, name, value)
@@ -294,6 +310,14 @@ def load_quantised(folder: str | os.PathLike[str], device: Any = "cpu") -> Any:
     if attention is not None:
         RoundedHeads(tower, attention).install()
     return model.to(device).eval()
+
+
+def _modules(record: Any, parts: dict[str, torch.Tensor]) -> list[tuple[str, nn.Module]]:
+    """What an operation puts into the model, by path."""
+    if isinstance(record, ExpertsRecord):
+        return [(record.name, QuantiseExperts.build(record, parts).experts)]
+    op = Quantise.build(record, parts)
+    return list(zip(op.names, op.layers, strict=True))
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

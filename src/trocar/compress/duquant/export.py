@@ -21,7 +21,7 @@ from trocar.compress.duquant.groups import Group, groups
 from trocar.core.errors import ExportError
 from trocar.core.files import read_json, write_json
 from trocar.patch.checkpoint import copy_others, new_folder, saved_names
-from trocar.patch.quantised import QuantisedLinear, Quantiser
+from trocar.patch.quantised import QuantisedExperts, QuantisedLinear, Quantiser
 
 MAKE = "Quantise with preset('folded', ...) or, with transforms=True, preset('export', ...)."
 
@@ -50,6 +50,9 @@ def export_compressed(
     layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
     if not layers:
         raise ExportError("The model has no quantised layers.", "Quantise it first, or use save_pretrained.")
+    experts = [path for path, module in model.named_modules() if isinstance(module, QuantisedExperts)]
+    if experts:
+        raise ExportError(f"{experts[0]} holds experts, which this writer has no form for.", "Use a patch file.")
     if any("_rounded_heads" in module.__dict__ for module in model.modules()):
         raise ExportError("Queries, keys and values are rounded as the model runs, which this form cannot say.", "Set attention to null.")
     bare = empty_like(model)
