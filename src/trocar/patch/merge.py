@@ -49,8 +49,8 @@ def merge_into(
     """Make the checkpoint `target` from `source` with the patch built in, in the memory of about one tensor.
 
     Files are rewritten one after the other (of a mixture of experts a block's experts are held together); tensors that the patch does not
-    touch are copied byte for byte, and so are configuration and tokenizer; `target` appears when it is complete. The result equals apply and save_pretrained. Contents of touched tensors are compared
-    with the base's fingerprints first.
+    touch are copied byte for byte, and so are configuration and tokenizer; `target` appears when it is complete. The
+    result equals apply and save_pretrained. Contents of touched tensors are compared with the base's fingerprints first.
 
     Returns {"tensors": changed, "removed": ..., "bytes": ..., "files": ...}.
     Raises PatchBaseError (another base), ExportError (a vector without a bias to go to, a removal that no config can say, `target` exists,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from trocar.anatomy import Anatomy, Tower
 from trocar.compress.duquant import streams
 from trocar.compress.duquant.chains import build_chain, largest, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
-from trocar.compress.duquant.experts import Route, output_error, quantise_experts, routes, smooth_experts
+from trocar.compress.duquant.experts import Route, output_error, quantise_experts, routes, sent_as, smooth_experts
 from trocar.compress.duquant.groups import (
     Group,
     Staged,
@@ -77,7 +78,7 @@ def quantise_block(
     tokens: list[int] = []
     try:
         online = smooth(staged, found, seen, config, sent)
-        _check_folds(staged, reference, seen, config)
+        _check_folds(staged, reference, seen, config, sent)
         samples = _samples(staged, found, reference)
         sent = routes(block, layer, staged.experts, reference[:1]) if staged.experts is not None else []
         staged.floats, staged.float_experts = dict(staged.layers), staged.experts
@@ -230,14 +231,15 @@ def quantise_group(
     return bases
 
 
-def _check_folds(staged: Staged, reference: Sequence[Batch], seen: Statistics, config: DuQuantConfig) -> None:
+def _check_folds(staged: Staged, reference: Sequence[Batch], seen: Statistics, config: DuQuantConfig, sent: Sequence[Route]) -> None:
     """The smoothed float block must compute what the block computed: readers that nobody knew of would show here."""
     if config.smoothing is None and staged.experts is None:
         return
-    with torch.no_grad():
+    forced = nullcontext([0.0]) if staged.experts is None else sent_as(sent[0], reference[0], staged.experts)
+    with torch.no_grad(), forced as router:
         now = streams.run(staged.tower.blocks[staged.layer], staged.layer, reference[0])
     was, now = reference[0].only_real(seen.outputs[0]).float(), reference[0].only_real(now).float()
-    error = float((now - was).norm() / was.norm())
+    error = max(float((now - was).norm() / was.norm()), router[0])
     if not error < FOLD_TOLERANCE.get(seen.outputs[0].dtype, 3e-2):
         path = staged.tower.path(staged.layer, "block")
         if config.smoothing is None:

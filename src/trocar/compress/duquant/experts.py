@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,30 @@ def routes(block: nn.Module, layer: int, experts: nn.Module, batches: Sequence[B
         finally:
             handle.remove()
     return found
+
+
+@contextmanager
+def sent_as(route: Route, batch: Batch, experts: QuantisedExperts) -> Iterator[list[float]]:
+    """Inside, the rows of `batch` go to the experts that `route` says, whatever the router finds: choices that are nearly ties turn over at
+    the slightest rounding. The list gets the median over rows of the relative error of the router's own weights against the route's."""
+    errors: list[float] = []
+
+    def of_all(chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return weights.new_zeros(len(weights), experts.count, dtype=torch.float32).scatter_(1, chosen, weights.float())
+
+    def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, chosen, weights = (part.clone() for part in args)
+        real = slice(None) if batch.real is None else batch.real.to(x.device)
+        was, now = of_all(route.chosen, route.weights), of_all(chosen[real], weights[real])
+        errors.append(float(((now - was).norm(dim=1) / was.norm(dim=1)).median()))
+        chosen[real], weights[real] = route.chosen, route.weights
+        return x, chosen, weights
+
+    handle = experts.register_forward_pre_hook(replace)
+    try:
+        yield errors
+    finally:
+        handle.remove()
 
 
 def counts(sent: Sequence[Route], experts: int) -> list[int]:
