@@ -16,11 +16,13 @@ from common import ROOT, arguments, write_result
 
 from trocar import lab
 from trocar.anatomy import fingerprint
-from trocar.compress.duquant import Activations, DuQuantConfig, Weights, preset, quantise
+from trocar.compress.duquant import Activations, DuQuantConfig, Weights, greedy_rotation, preset, quantise, zigzag
+from trocar.compress.duquant.diagnostics import block_variance, captured
 from trocar.core.workspace import Workspace
 from trocar.evaluate import perplexity
 from trocar.lab import outliers
 from trocar.lab.registry import ByteData, get
+from trocar.patch.quantised.transform import rotate
 
 PLACES = {"block_size": 16, "search_steps": 32}
 MASSIVE = "model.layers.1.mlp.down_proj"
@@ -46,6 +48,8 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nearest W6A6": ("rtn", "W6A6", {}),
     "duquant W6A6": ("duquant", "W6A6", {}),
     "duquant W4A8": ("duquant", "W4A8", {}),
+    **{f"duquant, blocks of {size}": ("duquant", "W4A4", {"block_size": size}) for size in (4, 8, 32, 64, 128)},
+    **{f"duquant, {steps} steps": ("duquant", "W4A4", {"search_steps": steps}) for steps in (1, 4, 128)},
 }
 
 
@@ -81,6 +85,28 @@ def weight_errors(model: Any, calibration: torch.Tensor) -> dict[str, float]:
     return found
 
 
+def spreading(model: Any, calibration: torch.Tensor, seed: int) -> dict[str, float]:
+    """What the parts of the chain do to two inputs of the float model: the peak of the massive one, and how uneven the blocks of block 0's
+    attention input are (variance over blocks of the mean of their channels' largest magnitudes) in the order that the rotation left, in
+    the mean of 20 random orders, and in zigzag."""
+    inputs = captured(model, ["model.layers.0.self_attn.q_proj", MASSIVE], {"input_ids": calibration}, rows=len(calibration))
+    size, steps = PLACES["block_size"], PLACES["search_steps"]
+    stream = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, x in zip(("attention", "massive"), inputs.values(), strict=True):
+        turned = rotate(x, greedy_rotation(x, size, steps, stream).rotation)
+        dealt = turned[:, zigzag(turned.abs().amax(0), size)]
+        again = rotate(dealt, greedy_rotation(dealt, size, steps, stream).rotation)
+        found |= {f"{name}, peak {when}": float(y.abs().max()) for when, y in (("0", x), ("1", turned), ("2", again))}
+        orders = [torch.randperm(x.shape[1], generator=stream) for _ in range(20)]
+        found |= {
+            f"{name}, variance as rotated": block_variance(turned, size),
+            f"{name}, variance at random": statistics.mean(block_variance(turned[:, order], size) for order in orders),
+            f"{name}, variance in zigzag": block_variance(dealt, size),
+        }
+    return found
+
+
 def vision(seed: int) -> dict[str, float]:
     """Share of pictures that the lab's vision transformer reads rightly, float and quantised; calibrated on 64 other pictures."""
     model, _ = lab.load("vit-cifar-rare")
@@ -99,7 +125,9 @@ def vision(seed: int) -> dict[str, float]:
     return found
 
 
-def relations(rows: dict[str, dict[str, Any]], plain: float, weights: dict[str, float]) -> list[dict[str, Any]]:
+def relations(
+    rows: dict[str, dict[str, Any]], plain: float, weights: dict[str, float], spread: list[dict[str, float]]
+) -> list[dict[str, Any]]:
     def row(identity: str, claim: str, values: dict[str, float], holds: bool) -> dict[str, Any]:
         return {"id": identity, "claim": claim, "values": values, "interval": None, "holds": holds}
 
@@ -125,6 +153,22 @@ def relations(rows: dict[str, dict[str, Any]], plain: float, weights: dict[str, 
             "on the massive down map smoothing more than doubles the weight's error, and DuQuant more than halves it again",
             weights,
             weights["smooth"] > 2 * weights["nearest"] and weights["smooth"] > 2 * weights["duquant"],
+        ),
+        row(
+            "peaks",
+            "the largest magnitude of the attention's and of the massive input falls with each rotation, for every seed",
+            {name: statistics.mean(one[name] for one in spread) for name in spread[0] if "peak" in name},
+            all(
+                one[f"{name}, peak 0"] > one[f"{name}, peak 1"] > one[f"{name}, peak 2"]
+                for one in spread
+                for name in ("attention", "massive")
+            ),
+        ),
+        row(
+            "balance",
+            "zigzag leaves a tenth of the variance over blocks that random orders leave of the attention's input, for every seed",
+            {name: statistics.mean(one[name] for one in spread) for name in spread[0] if "variance" in name},
+            all(10 * one["attention, variance in zigzag"] < one["attention, variance at random"] for one in spread),
         ),
     ]
 
@@ -167,8 +211,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         print(name, rows[name], flush=True)
     weights = work.values("weights", base, lambda: weight_errors(model, calibration))
+    spread = [
+        work.values(f"spread-{seed}", {**base, "seed": seed}, lambda seed=seed: spreading(model, calibration, seed)) for seed in seeds
+    ]
     told = {"float": plain, "weight errors": weights, "accuracy of the vision transformer": [vision(seed) for seed in seeds]}
-    write_result(options.out, "duquant_lab", list(seeds), told, relations(rows, plain, weights), real=list(rows.values()))
+    write_result(options.out, "duquant_lab", list(seeds), told, relations(rows, plain, weights, spread), real=list(rows.values()))
 
 
 if __name__ == "__main__":
