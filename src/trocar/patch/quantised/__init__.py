@@ -2,8 +2,19 @@
 
 from trocar.patch.quantised.hadamard import hadamard, largest_hadamard
 from trocar.patch.quantised.heads import RoundedHeads
-from trocar.patch.quantised.linear import GroupInput, QuantisedLinear, execute
-from trocar.patch.quantised.numbers import Quantiser, codes, dequantise, grid, integer_linear, integer_rows, pack, quantised, unpack
+from trocar.patch.quantised.linear import GroupInput, QuantisedLinear, execute, memory
+from trocar.patch.quantised.numbers import (
+    Quantiser,
+    codes,
+    dequantise,
+    grid,
+    integer_linear,
+    integer_rows,
+    integer_weight,
+    pack,
+    quantised,
+    unpack,
+)
 from trocar.patch.quantised.transform import Transform
 
 __all__ = [
@@ -19,7 +30,9 @@ __all__ = [
     "hadamard",
     "integer_linear",
     "integer_rows",
+    "integer_weight",
     "largest_hadamard",
+    "memory",
     "pack",
     "quantised",
     "unpack",
