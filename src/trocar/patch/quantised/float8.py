@@ -59,4 +59,4 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch
     outer = up(columns, 16)
     dtype = torch.bfloat16 if a.device.type == "cuda" else torch.float32
     a, b, right = filled(a.contiguous(), rows, inner), filled(b, outer, inner), filled(right, outer, 1)
-    return torch._scaled_mm(a, b.T, scale_a=left, scale_b=right.T, out_dtype=dtype)[:, :columns].float()
+    return torch._scaled_mm(a, b.T, scale_a=left, scale_b=right.T, out_dtype=dtype).narrow(1, 0, columns).float()

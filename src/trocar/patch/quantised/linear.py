@@ -22,10 +22,10 @@ from trocar.patch.quantised.numbers import (
     quantised,
     unpack,
 )
+from trocar.patch.quantised.packed import INNER_TILES, PackedWeight, kernel_group, packed_linear, packed_weight
 from trocar.patch.quantised.transform import Transform
 
 MODES = ("simulated", "integer", "packed", "float8")
-INNER_TILES = 8  # of torch's 4-bit kernel on CUDA: tiles of 16 inputs side by side
 
 
 class FullPrecision(nn.Module):
@@ -38,10 +38,26 @@ class FullPrecision(nn.Module):
         return self
 
 
+class NoWayBack(torch.autograd.Function):
+    """The second argument, as a function of the first whose gradient nobody knows: asking for it is an error, and NaN inside
+    `torch.compile`, where none can be raised."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        ctx.shape = x.shape
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return grads[0].new_full(ctx.shape, float("nan")), None
+        raise ConfigError("Layers in integers, packed weights or float8 have no gradients.", "Use execute(model, 'simulated').")
+
+
 class GroupInput(FullPrecision):
     """What happens to the input that several linear layers read: transform, then quantisation per token. The work is done once per
     tensor: siblings that are called with the very same object get the result of the first of them (not inside `torch.compile`, which finds
-    what is computed twice by itself).
+    what is computed twice by itself, nor with gradients or in inference mode).
 
     readers: how many layers read it; after the last one nothing is kept.
     """
@@ -82,8 +98,8 @@ class GroupInput(FullPrecision):
         return quantised(turned, self.quantiser, straight=torch.is_grad_enabled() and turned.requires_grad)
 
     def _once(self, x: torch.Tensor, compute: Any) -> Any:
-        if self.readers == 1 or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return compute(x)
+        if self.readers == 1 or torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
+            return compute(x)  # tensors of inference mode do not tell whether they were written to
         last = self._last
         if last is None or last[0] is not x or last[1] != x._version:
             last = (x, x._version, {}, 0)
@@ -159,23 +175,29 @@ class QuantisedLinear(FullPrecision):
         ready = self._made(x)
         if self.mode == "simulated":
             return functional.linear(self.shared(x), ready, bias)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._no_way_back(x)
         if self.mode == "integer":
             out = integer_linear(self.shared.integers(x), ready)
         elif self.mode == "float8":
             out = float8_linear(self.shared.floats8(x), ready)
         else:
-            size, packed, scales = ready
-            product = torch._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch._weight_int4pack_mm
-            out = product(self.shared(x).reshape(-1, self.in_features), packed, size, scales)
+            out = packed_linear(self.shared(x).reshape(-1, self.in_features), ready)
         out = out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return out if bias is None else out + bias
+
+    def _no_way_back(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            out = self.forward(x)
+        return NoWayBack.apply(x, out)  # type: ignore[return-value]
 
     def _made(self, x: torch.Tensor) -> Any:
         """What the mode needs of the weight."""
         key = (self.mode, x.dtype, x.device)
         if self._ready is not None and self._ready[0] == key:
             return self._ready[1]
-        made = getattr(self, f"_{self.mode}_weight")(x)
+        with torch.inference_mode(False):  # what is kept must serve outside of it too
+            made = getattr(self, f"_{self.mode}_weight")(x)
         if self.keep:
             self._ready = (key, made)
         return made
@@ -189,23 +211,11 @@ class QuantisedLinear(FullPrecision):
     def _float8_weight(self, x: torch.Tensor) -> Float8Rows:
         return float8_weight(self.code(), self.get_buffer("step"), self.get_buffer("zero"))
 
-    def _packed_weight(self, x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
-        size = self._kernel_group()
-        step, zero = self.get_buffer("step"), self.get_buffer("zero").float()
-        repeat = self.in_features // size // step.shape[1]
-        scales = torch.stack([step, (8 - zero) * step], dim=-1).repeat_interleave(repeat, dim=1)  # the kernel's value: (q - 8) scale + zero
-        if x.device.type == "cpu":
-            packed = torch._convert_weight_to_int4pack_for_cpu(self.code().int(), 1)
-        else:
-            if x.dtype != torch.bfloat16:
-                raise ConfigError(f"Packed products on this device are in bfloat16, not {x.dtype}.", "Cast the model, or use another mode.")
-            code = self.code()
-            packed = torch._convert_weight_to_int4pack(code[:, 0::2] << 4 | code[:, 1::2], INNER_TILES)
-        return size, packed, scales.transpose(0, 1).contiguous().to(x.dtype)
+    def _packed_weight(self, x: torch.Tensor) -> PackedWeight:
+        return packed_weight(self.get_buffer("codes"), self.in_features, self.get_buffer("step"), self.get_buffer("zero"), x.dtype)
 
     def _kernel_group(self) -> int:
-        size = self.quantiser.group or self.in_features
-        return next((one for one in (256, 128, 64, 32) if size % one == 0), 0)
+        return kernel_group(self.quantiser.group or self.in_features)
 
     def can(self, mode: str) -> str:
         """Why this layer cannot run in `mode`; empty if it can."""

@@ -154,7 +154,7 @@ def pack(code: torch.Tensor) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, columns: int, signed: bool = False) -> torch.Tensor:
     """The codes that `pack` was given, (..., columns): uint8, or int8 in -8..7 if signed."""
-    both = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :columns]
+    both = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).narrow(-1, 0, columns)
     return ((both ^ 8).view(torch.int8) - 8) if signed else both
 
 
@@ -214,7 +214,7 @@ def int_mm(a: torch.Tensor, b: torch.Tensor, demanding: bool | None = None) -> t
     if kind == "cuda" if demanding is None else demanding:
         rows, columns = a.shape[0], b.shape[1]
         a = filled(a, max(rows, 17), up(a.shape[1], 8))
-        return torch._int_mm(a, filled(b.T, up(columns, 8), a.shape[1]).T)[:rows, :columns]
+        return torch._int_mm(a, filled(b.T, up(columns, 8), a.shape[1]).T).narrow(0, 0, rows).narrow(1, 0, columns)
     if a.shape[1] == 1:  # torch 2.13 returns garbage for a single column
         return a.to(torch.int32) * b.to(torch.int32)
     return torch._int_mm(a, b)
