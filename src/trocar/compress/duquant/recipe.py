@@ -148,7 +148,9 @@ def _log(config: RecipeConfig, anatomy: Anatomy, patch: Patch, errors: dict[str,
     quantised = [op for op in patch.ops if isinstance(op, Quantise)]
     weights = sum(layer.out_features * layer.in_features for op in quantised for layer in op.layers)
     stored = sum(spec.nbytes for op in quantised for spec in op.record().specs().values())
-    width = next(anatomy.model.parameters()).element_size()
+    dtype = next(anatomy.model.parameters()).dtype
+    width = dtype.itemsize
+    kept = {mode: size for mode, size in memory([layer for op in quantised for layer in op.layers], dtype).items() if mode in MODES}
     layers = {name: error for name, error in errors.items() if "." in name}
     worst = max(layers, key=lambda name: layers[name])
     return {
@@ -156,6 +158,7 @@ def _log(config: RecipeConfig, anatomy: Anatomy, patch: Patch, errors: dict[str,
         "layers": len(layers),
         "quantised weights": weights,
         "bytes of these layers": {"float": weights * width, "quantised": stored, "bits a weight": 8 * stored / weights},
+        "bytes kept beside these by mode": kept,
         "calibration": f"{windows} windows of {config.window_tokens} tokens",
         "mean output error of a layer": sum(layers.values()) / len(layers),
         "worst layer": {worst: layers[worst]},

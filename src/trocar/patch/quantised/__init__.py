@@ -1,8 +1,9 @@
 """Linear maps with low-bit weights and activations: their arithmetic, the change of basis in front of them, and their modules. Floor 3."""
 
+from trocar.patch.quantised.execution import execute, memory
 from trocar.patch.quantised.hadamard import hadamard, largest_hadamard
 from trocar.patch.quantised.heads import RoundedHeads
-from trocar.patch.quantised.linear import GroupInput, QuantisedLinear, execute, memory
+from trocar.patch.quantised.linear import GroupInput, QuantisedLinear
 from trocar.patch.quantised.numbers import (
     Quantiser,
     codes,

@@ -19,8 +19,10 @@ CAPABILITY = (8, 9)  # of the first CUDA devices that multiply e4m3
 
 
 class Float8Rows(NamedTuple):
-    """Rows in e4m3 by groups of columns: value = values * step. values: (groups, rows, columns of a group); step: (groups, rows, 1) float32,
-    or (1, rows, 1) for all groups."""
+    """Rows in e4m3 by groups of columns: value = values * step.
+
+    values: (groups, rows, columns of a group), step: (groups, rows, 1) float32; of activations there is one group.
+    """
 
     values: torch.Tensor
     step: torch.Tensor

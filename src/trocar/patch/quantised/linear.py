@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -118,8 +117,8 @@ class QuantisedLinear(FullPrecision):
 
     weight: codes (O, C), step and zero (O, groups), or a float matrix with `quantiser.bits` 16. The codes are kept, two to a byte up to 4
     bits. mode: how the product is computed (`MODES`, set by `execute`). What a mode needs is made at the first call and, if `keep`, kept
-    beside the codes (else made again at every call): a float matrix (`simulated`, the reference), a byte a weight (`integer`, `float8`), half
-    a byte (`packed`).
+    beside the codes (else made again at every call): a float matrix (`simulated`, the reference), a byte a weight (`integer`, `float8`),
+    half a byte (`packed`). Only `simulated` has gradients.
     """
 
     bias: torch.Tensor | None
@@ -261,53 +260,3 @@ class QuantisedLinear(FullPrecision):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.quantiser.bits} bits, {self.mode}"
-
-
-def execute(model: nn.Module, mode: str = "auto", otherwise: str | None = None, keep: bool = True) -> dict[str, int]:
-    """Choose how the quantised layers of a model compute; returns how many run in each mode.
-
-    simulated: float products of rounded values, the reference. integer: int8 times int8 into int32, up to 8 bits on both sides; the same
-    numbers up to float rounding. packed: 4-bit weights unpacked inside the product, activations as they are rounded (or not); fast for few
-    rows in bfloat16, where steps are rounded to bfloat16 too. float8: 4-bit weights, exact, times activations in e4m3, for CUDA from compute
-    capability 8.9; activations are rounded to e4m3 instead of their grid, so that a model with 4-bit activations becomes another, better
-    one: never chosen by itself. auto: integer where it can be, else packed for bfloat16 layers with float activations on the CPU, else
-    simulated. otherwise: the mode (or auto) of layers that cannot run in `mode`. keep: keep what a mode needs of the weights, or make it at
-    every call: slower, and memory for the codes alone. Raises ConfigError for a mode that one of the layers cannot run in, with the reason.
-    """
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
-    for one in (mode, otherwise):
-        if one not in (*MODES, "auto", None) or mode is None:
-            raise ConfigError(f"There is no mode '{one}'.", f"Use {', '.join(MODES)} or auto.")
-    half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    for path, layer in layers.items():
-        layer.mode, layer.keep = _chosen(path, layer, mode, otherwise, half), keep
-        layer.forget()
-    found = [layer.mode for layer in layers.values()]
-    return {one: found.count(one) for one in MODES if one in found}
-
-
-def _chosen(path: str, layer: QuantisedLinear, mode: str, otherwise: str | None, half: bool) -> str:
-    if mode != "auto":
-        reason = layer.can(mode)
-        if reason and otherwise is None:
-            raise ConfigError(f"{path} cannot run in mode '{mode}': {reason}.", "Use auto, or name another mode for such layers (otherwise=).")
-        return _chosen(path, layer, otherwise, None, half) if reason and otherwise is not None else mode
-    if not layer.can("integer"):
-        return "integer"
-    local = layer.shared.quantiser.is_float and next(layer.buffers()).device.type == "cpu"
-    return "packed" if half and local and not layer.can("packed") else "simulated"
-
-
-def memory(layers: nn.Module | Iterable[QuantisedLinear], dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Bytes of the quantised layers of a model (or of these): `float`, the layers they stand for in `dtype`; `stored`: codes, grids,
-    biases, transforms; and for every mode that all of them can run in, what it keeps beside that once they have run."""
-    if isinstance(layers, nn.Module):
-        layers = (module for module in layers.modules() if isinstance(module, QuantisedLinear))
-    chosen = list(layers)
-    tensors = {id(part): part for layer in chosen for module in (layer, layer.shared) for part in module.buffers()}
-    found = {
-        "float": dtype.itemsize * sum((layer.in_features + (layer.bias is not None)) * layer.out_features for layer in chosen),
-        "stored": sum(part.nbytes for part in tensors.values()),
-    }
-    modes = [mode for mode in MODES if not any(layer.can(mode) for layer in chosen)]
-    return found | {mode: sum(layer.bytes_kept(mode, dtype) for layer in chosen) for mode in modes}

@@ -161,8 +161,8 @@ def unpack(packed: torch.Tensor, columns: int, signed: bool = False) -> torch.Te
 class IntegerRows(NamedTuple):
     """Quantised rows as integer products need them: value = (values - zero) * step.
 
-    values: (rows, C) int8; step: (rows, 1); zero: (rows, 1) int32, or None where it is 0 in every row; sums: of values - zero over each row,
-    (rows, 1) int32, where the rows are a weight's.
+    values: (rows, C) int8; step: (rows, 1); zero: (rows, 1) int32, or None where it is 0 in every row; sums: of values - zero over each
+    row, (rows, 1) int32, where the rows are a weight's.
     """
 
     values: torch.Tensor
