@@ -13,7 +13,7 @@ from trocar.anatomy import Anatomy, Tower
 from trocar.compress.duquant import streams
 from trocar.compress.duquant.chains import build_chain, sizes_of, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
-from trocar.compress.duquant.groups import Group, Staged, fold, groups, by_value, multiply, stage, to_heads, wanted_bits
+from trocar.compress.duquant.groups import Group, Staged, by_value, fold, groups, multiply, stage, to_heads, wanted_bits
 from trocar.compress.duquant.learning import learn_clips
 from trocar.compress.duquant.moments import Moments, activation_clip, group_inputs, moments
 from trocar.compress.duquant.rounding import Codes, best_clip, gptq, nearest, towards
