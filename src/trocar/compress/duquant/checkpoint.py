@@ -248,8 +248,8 @@ def _finish(source: Path, folder: Path, target: Path, model: nn.Module, tower: T
     copy_others(source, folder)
     about = {"format": FORMAT, "version": VERSION, "settings": config.model_dump(mode="json"), "seed": seed, "blocks": tower.n_layers}
     write_json(folder / ABOUT, about | {"blocks_path": tower.blocks_path})
-    for states in folder.glob("states-*.safetensors"):
-        states.unlink()
+    for left in (*folder.glob("states-*.safetensors"), *folder.glob(".*.tmp")):  # the latter of runs killed as they wrote
+        left.unlink()
     os.replace(folder, target)
 
 
