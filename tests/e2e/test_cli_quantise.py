@@ -32,7 +32,8 @@ BLOCKS = 12  # of the model that is killed
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantise")
     words = tokenizer(WORDS)
-    for name, family, shape in (("model", "llama", {}), ("conv", "gpt2", {}), ("deep", "llama", {"num_hidden_layers": BLOCKS})):
+    shapes: dict[str, tuple[str, dict[str, Any]]] = {"model": ("llama", {}), "conv": ("gpt2", {})}
+    for name, (family, shape) in (shapes | {"deep": ("llama", {"num_hidden_layers": BLOCKS})}).items():
         tiny_model(family, vocab_size=len(words), **shape).save_pretrained(folder / name)
         words.save_pretrained(folder / name)
     draw = random.Random(0)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMS = ("trocar", "compressed-tensors", "float")
 WORST = 5  # layers in the table
+OUTLIER = 2.0  # times the mean error from which on a layer is named as one to keep
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,7 @@ def _facts(asked: Request, source: Path, found: Folder, seconds: float, done: in
         "worst": [{"layer": name, "module": path, "bits": said(path), "output error": error} for name, path, error in found.worst(WORST)],
         "bytes_before": before,
         "bytes_after": after,
+        "bytes_in_float": found.elsewhere_bytes,
         "bits_per_weight": found.bits
         if asked.form == "trocar"
         else 8 * (_tensor_bytes(asked.target) - found.elsewhere_bytes) / found.weights,
@@ -291,7 +293,8 @@ def _tell(asked: Request, facts: dict[str, Any]) -> None:
             "mean output error of a layer": facts["mean_error"],
             **({"error of the last block's output": last} if last is not None else {}),
             "weights before": show.size(facts["bytes_before"]),
-            "weights after": f"{show.size(facts['bytes_after'])} ({share:.0%})",
+            "weights after": f"{show.size(facts['bytes_after'])} ({share:.0%}), {show.size(facts['bytes_in_float'])} of it "
+            "embeddings, norms and head, in float",
             "bits a weight of these layers": f"{facts['bits_per_weight']:.3g}"
             + (", stored in float" if asked.form == "float" else ", with scales and transforms"),
             "time": show.duration(facts["seconds"]) + resumed,
@@ -299,6 +302,9 @@ def _tell(asked: Request, facts: dict[str, Any]) -> None:
         }
     )
     show.line()
+    worst = facts["worst"][0]
+    if worst["output error"] > OUTLIER * facts["mean_error"] and not any(pair.startswith(f"{worst['layer']}=") for pair in asked.keep):
+        show.line(f"More bits where they are missed: the same with --keep {worst['layer']}=8.")
     for line in _next(asked):
         show.line(line)
 
