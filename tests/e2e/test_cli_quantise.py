@@ -33,7 +33,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantise")
     words = tokenizer(WORDS)
     shapes: dict[str, tuple[str, dict[str, Any]]] = {"model": ("llama", {}), "conv": ("gpt2", {})}
-    for name, (family, shape) in (shapes | {"deep": ("llama", {"num_hidden_layers": BLOCKS})}).items():
+    shapes["deep"] = ("llama", {"num_hidden_layers": BLOCKS})
+    for name, (family, shape) in shapes.items():
         tiny_model(family, vocab_size=len(words), **shape).save_pretrained(folder / name)
         words.save_pretrained(folder / name)
     draw = random.Random(0)
@@ -237,6 +238,18 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_far_above_the_others_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] *= 300  # one hidden channel drowns the others in 4 bits, and means nothing
+        model.model.layers[1].mlp.down_proj.weight[:, 3] /= 300
+    model.save_pretrained(tmp_path / "planted")
+    tokenizer(WORDS).save_pretrained(tmp_path / "planted")
+    rest = ["--calibration", str(place / "text.txt"), "--windows", "4", "--window-tokens", "32", "--method", "rtn", "--bits", "W8A4"]
+    assert main(["quantise", str(tmp_path / "planted"), str(tmp_path / "out"), *rest]) == 0
+    assert "the same with --keep L1.mlp.down=8" in capsys.readouterr().out
 
 
 def test_texts_and_folders_that_do_not_serve(place: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
