@@ -112,6 +112,7 @@ def vision(seed: int) -> list[dict[str, Any]]:
     its logits; calibrated on 64 other pictures. It does not go wrong often enough at 4 bits for accuracy alone to tell methods apart."""
     model, _ = lab.load("vit-cifar-rare")
     pictures = lab.load_examples({"source": "lab:cifar-rare"}, model)
+    assert pictures.labels is not None
     order = torch.randperm(len(pictures.labels), generator=torch.Generator().manual_seed(7))
     pixels, labels = pictures.inputs["pixel_values"][order], torch.as_tensor(pictures.labels)[order]
 
