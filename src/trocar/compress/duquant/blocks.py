@@ -11,9 +11,9 @@ from torch import nn
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.compress.duquant import streams
-from trocar.compress.duquant.chains import build_chain, largest, smoothing_scale
+from trocar.compress.duquant.chains import build_chain, sizes_of, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
-from trocar.compress.duquant.groups import Group, Staged, fold, groups, multiply, scale_of_values, stage, to_heads, wanted_bits
+from trocar.compress.duquant.groups import Group, Staged, by_value, fold, groups, multiply, stage, to_heads, wanted_bits
 from trocar.compress.duquant.learning import learn_clips
 from trocar.compress.duquant.moments import Moments, activation_clip, group_inputs, moments
 from trocar.compress.duquant.rounding import Codes, best_clip, gptq, nearest, towards
@@ -28,9 +28,10 @@ FOLD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # of a block's outp
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What the float block does: maxima (C,) of each group's input, outputs per batch, and whether a ReLU lies before the down map."""
+    """What the float block does: sizes (C,) of the channels of each group's input, outputs per batch, and whether a ReLU lies before the
+    down map."""
 
-    maxima: Mapping[str, torch.Tensor]
+    sizes: Mapping[str, torch.Tensor]
     outputs: Sequence[torch.Tensor]
     relu: bool
 
@@ -56,7 +57,7 @@ def quantise_block(
     """
     block = tower.blocks[layer]
     found = groups(tower, layer)
-    seen = statistics(tower, layer, found, reference)
+    seen = statistics(tower, layer, found, reference, config)
     staged = stage(anatomy, tower, layer)
     try:
         online = smooth(staged, found, seen, config)
@@ -84,16 +85,20 @@ def quantise_block(
     return BlockResult(layers, norms, list(staged.taken), errors), following, after
 
 
-def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequence[Batch]) -> Statistics:
+def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequence[Batch], config: DuQuantConfig) -> Statistics:
     """One pass of the float block over its inputs."""
-    maxima: dict[str, list[torch.Tensor]] = {group.name: [] for group in found}
+    measure = "peak" if config.smoothing is None else config.smoothing.measure
+    parts: dict[str, list[torch.Tensor]] = {group.name: [] for group in found}
     heads = {group.name: tower.module(layer, group.roles[0]) for group in found}
 
     def see(name: str, rows: torch.Tensor) -> None:
         if not rows.isfinite().all():
             where = f"{tower.path(layer, 'block')}, input of {name}"
             raise DataError(f"{where}: {int((~rows.isfinite()).sum())} entries are not finite.", "Calibrate in bfloat16 or float32.")
-        maxima[name].append(rows.abs().amax(0).float())
+        wide = rows.float()
+        if measure == "rms":  # every token counts alike, however long: it is rounded on a grid of its own
+            wide = wide / wide.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        parts[name].append(sizes_of(wide, measure))
 
     relu = _Relu()
     hidden = next(group for group in found if group.name == "mlp_hidden")
@@ -103,7 +108,8 @@ def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequen
     finally:
         for handle in handles:
             handle.remove()
-    return Statistics({name: largest(parts) for name, parts in maxima.items()}, [out for out in outputs if out is not None], relu.holds)
+    sizes = {name: sizes_of(torch.stack(found), measure) for name, found in parts.items()}
+    return Statistics(sizes, [out for out in outputs if out is not None], relu.holds)
 
 
 class _Relu:
@@ -137,10 +143,10 @@ def smooth(staged: Staged, found: Sequence[Group], seen: Statistics, config: DuQ
     online, scales = {}, {}
     for group in found:
         roles = group.roles if config.smoothing.weights == "all" else group.roles[:1]
-        weight = largest([staged.layers[role].get_buffer("values").abs().amax(0) for role in roles])
-        a = seen.maxima[group.name].to(weight)
+        weight = sizes_of(torch.cat([staged.layers[role].get_buffer("values") for role in roles]), config.smoothing.measure)
+        a = seen.sizes[group.name].to(weight)
         if group.source == "v":
-            a, weight = (scale_of_values(part, staged.tower, staged.layer) for part in (a, weight))
+            a, weight = (sizes_of(by_value(part, staged.tower, staged.layer), config.smoothing.measure) for part in (a, weight))
         scale = smoothing_scale(a, weight, config.smoothing.alpha)
         scales[group.name] = to_heads(scale, staged.tower, staged.layer) if group.source == "v" else scale
     for group in found:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from trocar.compress.duquant.config import Chain
@@ -82,6 +80,6 @@ def _permutation(x: torch.Tensor, chain: Chain, size: int, generator: torch.Gene
     return zigzag(x.abs().amax(0), size).cpu()
 
 
-def largest(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Entry-wise maximum of equally shaped tensors."""
-    return torch.stack(list(parts)).amax(0)
+def sizes_of(rows: torch.Tensor, measure: str) -> torch.Tensor:
+    """How large each channel of rows (n, C) is, (C,): its largest magnitude (`peak`), or its root mean square (`rms`)."""
+    return rows.abs().amax(0) if measure == "peak" else rows.square().mean(0).sqrt()

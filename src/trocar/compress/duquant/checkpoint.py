@@ -32,7 +32,7 @@ from trocar.patch.ops.quantise import Quantise, QuantiseRecord, one_per_input
 from trocar.patch.quantised import RoundedHeads
 from trocar.patch.record import dtype_code
 
-ABOUT, REST = "quantised.json", "rest.safetensors"
+ABOUT, REST, GENERATION = "quantised.json", "rest.safetensors", "generation_config.json"
 FORMAT, VERSION = "trocar-quantised", 1
 
 
@@ -124,14 +124,7 @@ def quantise_checkpoint(
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-    identity = {
-        "config": config.model_dump(mode="json"),
-        "seed": seed,
-        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in shards(source)],
-        "inputs": {name: tensor_fingerprint(value) for name, value in sorted(inputs.items())},
-        "dtype": str(dtype),
-    }
-    work = Workspace(Path(f"{target}.partial"), identity)
+    work = Workspace(Path(f"{target}.partial"), identity(source, inputs, config, seed, dtype))
     driver = _Driver(anatomy, shelf, work, inputs, config, seed, dtype, device)
     errors: dict[str, float] = {}
     with torch.no_grad():
@@ -144,6 +137,19 @@ def quantise_checkpoint(
                 tell(layer, found)
     _finish(source, work.folder, target, model, tower, config, seed)
     return errors
+
+
+def identity(
+    source: Path, inputs: Mapping[str, torch.Tensor], config: DuQuantConfig, seed: int, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Everything that a block depends on: the common part of every unit's key."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "seed": seed,
+        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in shards(source)],
+        "inputs": {name: tensor_fingerprint(value) for name, value in sorted(inputs.items())},
+        "dtype": str(dtype),
+    }
 
 
 class _Driver:
@@ -242,8 +248,8 @@ def _finish(source: Path, folder: Path, target: Path, model: nn.Module, tower: T
     copy_others(source, folder)
     about = {"format": FORMAT, "version": VERSION, "settings": config.model_dump(mode="json"), "seed": seed, "blocks": tower.n_layers}
     write_json(folder / ABOUT, about | {"blocks_path": tower.blocks_path})
-    for states in folder.glob("states-*.safetensors"):
-        states.unlink()
+    for left in (*folder.glob("states-*.safetensors"), *folder.glob(".*.tmp")):  # the latter of runs killed as they wrote
+        left.unlink()
     os.replace(folder, target)
 
 
@@ -293,6 +299,8 @@ def load_quantised(folder: str | os.PathLike[str], device: Any = "cpu") -> Any:
         raise DataError(f"{folder} has no values for {left[0]} ({len(left)} parameters).", "Make it again.")
     if attention is not None:
         RoundedHeads(tower, attention).install()
+    if (folder / GENERATION).is_file() and getattr(model, "generation_config", None) is not None:
+        model.generation_config = type(model.generation_config).from_pretrained(str(folder))  # where texts end, among others
     return model.to(device).eval()
 
 
