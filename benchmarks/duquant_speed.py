@@ -130,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
     ]
     rows = [{"what": f"{row['tokens']} tokens", **row} for row in shares(timings)]
-    bytes_held = {form: memory([layer(Quantiser(bits=bits), Quantiser(bits=8), Transform(SIZE))]) for form, bits in (("W4A8", 4), ("W8A8", 8))}
+    bytes_held = {
+        form: memory([layer(Quantiser(bits=bits), Quantiser(bits=8), Transform(SIZE))]) for form, bits in (("W4A8", 4), ("W8A8", 8))
+    }
     settings = {"size": SIZE, "blocks": blocks, "shares": rows, "bytes": bytes_held}
     write_result(options.out, "duquant_speed", [0], settings, relations, timings)
 

@@ -202,7 +202,7 @@ def quantise_check(
     column: Annotated[str, typer.Option(help="Of the text, where it has several.")] = "text",
     windows: Annotated[int, typer.Option(min=1, help="Of the text.")] = 12,
     window_tokens: Annotated[int, typer.Option(min=2, help="Length of a window.")] = 512,
-    execute: Annotated[str, typer.Option(help="How quantised layers compute: auto, simulated, integer or packed.")] = "auto",
+    execute: Annotated[str, typer.Option(help="How quantised layers compute: auto, simulated, integer, packed or float8.")] = "auto",
     prompt: Annotated[list[str] | None, typer.Option(help="Show how both go on from here. Repeatable.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a continuation.")] = 32,
     dtype: Annotated[str, typer.Option(help="Of the float model.", autocompletion=complete.dtypes)] = "auto",

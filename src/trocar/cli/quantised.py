@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from trocar.evaluate import Perplexity
 
-EXECUTE = ("auto", "simulated", "integer", "packed")
+EXECUTE = ("auto", "simulated", "integer", "packed", "float8")
 TIMED = 3  # windows that the reading speed is the median of
 
 

@@ -19,6 +19,8 @@ from trocar.evaluate import Measurement, perplexity, perplexity_measurement
 from trocar.method import Estimate, Figure, Job, Method, Outcome, Transcript
 from trocar.patch import Patch
 from trocar.patch.ops.quantise import Quantise
+from trocar.patch.quantised import memory
+from trocar.patch.quantised.linear import MODES
 from trocar.trace.queries import continuations, encode
 
 
