@@ -20,7 +20,7 @@ from common import arguments, paired_seconds, write_result
 from torch.nn import functional
 
 from trocar.compress.duquant import Chain, build_chain, nearest
-from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform, execute
+from trocar.patch.quantised import GroupInput, QuantisedLinear, Quantiser, Transform, execute, memory
 
 SIZE = 4096
 TOKENS = (1, 16, 256)
@@ -130,7 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
     ]
     rows = [{"what": f"{row['tokens']} tokens", **row} for row in shares(timings)]
-    settings = {"size": SIZE, "blocks": blocks, "shares": rows}
+    bytes_held = {
+        form: memory([layer(Quantiser(bits=bits), Quantiser(bits=8), Transform(SIZE))]) for form, bits in (("W4A8", 4), ("W8A8", 8))
+    }
+    settings = {"size": SIZE, "blocks": blocks, "shares": rows, "bytes": bytes_held}
     write_result(options.out, "duquant_speed", [0], settings, relations, timings)
 
 

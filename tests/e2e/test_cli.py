@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
     },
     "method": {"name": "dense-step"},
 }
-COMMANDS = ["inspect", "methods", "new", "run", "report", "doctor", "demo"]
+COMMANDS = ["inspect", "methods", "new", "run", "report", "quantise", "quantise-check", "doctor", "demo"]
 GROUPS = {"patch": ["show", "apply", "stack", "diff", "check", "export", "combine", "prune"], "lab": ["list", "train", "show"]}
 
 

@@ -11,10 +11,12 @@ import torch
 
 from trocar.anatomy import tiny_model
 from trocar.compress.duquant import PRESETS, preset
+from trocar.compress.duquant.recipe import METHOD, RecipeConfig
 from trocar.core.errors import ConfigError, DataError
 from trocar.lab.worlds import tokenizer
 from trocar.patch import Patch
 from trocar.recipe import load_model, parse_recipe, run
+from trocar.recipe.strict_yaml import parse_yaml
 
 WORDS = [f"word{number}" for number in range(60)]
 
@@ -80,3 +82,8 @@ def test_presets_that_do_not_exist() -> None:
         preset("duquant", "four")
     with pytest.raises(ConfigError, match="learned clip needs rounding to nearest"):
         preset("duquant-lwc", rounding="gptq")
+
+
+def test_the_starter_and_the_recipes_are_valid() -> None:
+    for text in (METHOD.starter, *(path.read_text() for path in Path(__file__).parents[2].glob("recipes/**/duquant*.yaml"))):
+        RecipeConfig.parse(parse_recipe(parse_yaml(text, "recipe")).method.settings, "method")

@@ -21,7 +21,7 @@ from trocar.compress.duquant import (
     groups,
     quantise,
 )
-from trocar.compress.duquant.experts import FEWEST, counts, hidden_maxima, routes
+from trocar.compress.duquant.experts import FEWEST, counts, hidden_sizes, routes
 from trocar.compress.duquant.rounding import best_clip, nearest
 from trocar.compress.duquant.streams import enter
 from trocar.core.errors import ConfigError, DataError, ExportError, UnsupportedModelError
@@ -213,7 +213,7 @@ def test_tokens_are_counted_where_they_are_sent() -> None:
     expected = torch.bincount(logits.topk(2, dim=-1).indices.flatten(), minlength=4).tolist()
     assert counts(sent, 4) == expected
     stand_in = float_experts(block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj, block.mlp.experts.act_fn)
-    high = hidden_maxima(stand_in, sent)
+    high = hidden_sizes(stand_in, sent, "peak")
     assert set(high) == {expert for expert, count in enumerate(expected) if count >= FEWEST} != set()
     x, chosen, weights = (torch.cat([getattr(route, part) for route in sent]) for part in ("x", "chosen", "weights"))
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_integer_products_give_the_same_numbers_and_a_cache_too() -> None:
     assert float(each.median()) < 1e-5
     assert execute(model, "auto") == {"integer": 16}
     execute(model, "simulated")
-    with pytest.raises(ConfigError, match="experts have no packed products"):
+    with pytest.raises(ConfigError, match="experts have no products of the kind packed"):
         execute(next(module for module in model.modules() if isinstance(module, QuantisedExperts)), "packed")
     with torch.no_grad():
         first = model(input_ids=inputs["input_ids"][:, :9], use_cache=True)
@@ -341,7 +341,7 @@ def test_a_router_that_the_fold_does_not_reach_is_found(monkeypatch: pytest.Monk
             layer.post_attention_layernorm.weight[[3, 17]] *= 25
     monkeypatch.setattr(experts, "BESIDE", ())
     base = fingerprint(model)
-    with pytest.raises(UnsupportedModelError, match="Smoothing would change what model.layers.0 computes"):
+    with pytest.raises(UnsupportedModelError, match=r"Smoothing would change what model\.layers\.0 computes"):
         quantise(model, inputs_of(model), DuQuantConfig(chain=SMALL))
     assert fingerprint(model) == base
 

@@ -22,6 +22,7 @@ from trocar.patch.quantised import (
     grid,
     integer_linear,
     integer_rows,
+    integer_weight,
     pack,
     unpack,
 )
@@ -97,16 +98,18 @@ def test_packing_is_undone(values: object) -> None:
     assert pack(code).shape[1] == -(-code.shape[1] // 2)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 12), quantisers, quantisers, st.integers(0, 99))
-def test_integer_products_are_the_simulated_ones(tokens: int, columns: int, out: int, a: Quantiser, w: Quantiser, seed: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 40), st.integers(1, 12), quantisers, quantisers, st.integers(0, 99), st.booleans())
+def test_integer_products_are_the_simulated_ones(
+    tokens: int, columns: int, out: int, a: Quantiser, w: Quantiser, seed: int, zeros: bool
+) -> None:
     g = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(tokens, columns, generator=g, dtype=torch.float64), torch.randn(out, columns, generator=g, dtype=torch.float64)
-    parts = []
-    for value, quantiser in ((x, a), (weight, w)):
-        step, zero = grid(value, quantiser)
-        parts.append(integer_rows(codes(value, step, zero, quantiser), step, zero))
-    torch.testing.assert_close(integer_linear(*parts), rounded(x, a) @ rounded(weight, w).T, rtol=0, atol=1e-9)
+    if zeros:
+        x[:1], weight[-1:] = 0, 0
+    step, zero = grid(weight, w)
+    ready = integer_weight(codes(weight, step, zero, w), step, zero, w)
+    torch.testing.assert_close(integer_linear(integer_rows(x, a), ready), rounded(x, a) @ rounded(weight, w).T, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

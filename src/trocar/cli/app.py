@@ -128,6 +128,99 @@ def report(
 
 
 @app.command()
+def quantise(
+    model: Model,
+    target: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration", "-c", help="Text to find scales and rotations on: a file, or a set as in wikitext2:valid.", show_default=False
+        ),
+    ],
+    bits: Annotated[str, typer.Option(help="Of weights and activations: W4A4, W4A8, W6A6, W8A8, W4A16, ...")] = "W4A4",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(complete.QUANTISERS)}. [dim]default: duquant-gptq; folded or export for compressed-tensors[/dim]",
+            autocompletion=complete.quantisers,
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="trocar (loads with load_quantised, loses nothing), compressed-tensors (transformers, vLLM), or float (rounded weights in "
+            "a plain checkpoint)."
+        ),
+    ] = "trocar",
+    transforms: Annotated[
+        bool, typer.Option("--transforms", help="Of compressed-tensors: allow one rotation in front of each layer (vLLM only).")
+    ] = False,
+    windows: Annotated[int, typer.Option(min=1, help="Of calibration text.")] = 16,
+    window_tokens: Annotated[int, typer.Option(min=2, help="Length of a window.")] = 512,
+    column: Annotated[str, typer.Option(help="Of the calibration text, where it has several.")] = "text",
+    block_size: Annotated[
+        str | None, typer.Option(help="Of rotated blocks of channels. [dim]default: auto, up to 128[/dim]", show_default=False)
+    ] = None,
+    search_steps: Annotated[
+        int | None, typer.Option(min=0, help="Of each search for a rotation. [dim]default: 16[/dim]", show_default=False)
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Other bits for a layer, 16 for float: L11.mlp.down=8. Repeatable.", metavar="LAYER=BITS")
+    ] = None,
+    attention: Annotated[
+        int | None,
+        typer.Option(min=2, max=15, help="Bits of queries, keys and values. [dim]default: float[/dim]", show_default=False),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change any setting, as in --set smoothing.alpha=0.5. Repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="To compute in; auto is the checkpoint's.", autocompletion=complete.dtypes)] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto (the first accelerator).")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Of the rotations.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Quantise weights and activations block by block, in the memory of one block; killed, the same command goes on where it stopped.
+
+    Example: [bold]trocar quantise ./my-model ./my-model-w4a8 --calibration wikitext2:valid --bits W4A8[/bold]
+    """
+    from trocar.cli.quantising import Request, quantise_model
+
+    asked = Request(
+        model, target, calibration, bits, method, form, transforms, windows, window_tokens, column, block_size, search_steps,
+        keep or [], attention, settings or [], dtype, device, seed,
+    )  # fmt: skip
+    quantise_model(asked, as_json)
+
+
+@app.command("quantise-check")
+def quantise_check(
+    folder: Annotated[Path, typer.Argument(help="A folder that `trocar quantise` made, of any form.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="The float model.", autocompletion=complete.models, show_default=False)],
+    text: Annotated[str, typer.Option("--text", "-t", help="Text that neither has seen: a file, or a set as in wikitext2:test.")],
+    column: Annotated[str, typer.Option(help="Of the text, where it has several.")] = "text",
+    windows: Annotated[int, typer.Option(min=1, help="Of the text.")] = 12,
+    window_tokens: Annotated[int, typer.Option(min=2, help="Length of a window.")] = 512,
+    execute: Annotated[str, typer.Option(help="How quantised layers compute: auto, simulated, integer, packed or float8.")] = "auto",
+    prompt: Annotated[list[str] | None, typer.Option(help="Show how both go on from here. Repeatable.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a continuation.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Of the float model.", autocompletion=complete.dtypes)] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto (the first accelerator).")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Of the interval.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure a quantised folder beside the float model: perplexity, speed, and what both write.
+
+    Example: [bold]trocar quantise-check ./my-model-w4a8 ./my-model --text wikitext2:test --prompt "The capital of France is"[/bold]
+    """
+    from trocar.cli.quantised import Request, check_quantised
+
+    asked = Request(folder, model, text, column, windows, window_tokens, execute, prompt or [], max_new_tokens, dtype, device, seed)
+    check_quantised(asked, as_json)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

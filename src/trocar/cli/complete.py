@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+# the names of trocar.compress.duquant.PRESETS, which cannot be imported without torch; a test compares them
+QUANTISERS = (
+    "duquant-gptq", "duquant", "duquant-clip", "duquant-gptaq", "duquant-lwc", "folded", "export", "rtn", "gptq", "smoothquant",
+    "quarot", "quarot-gptq", "hadamard", "random", "smooth", "smooth-random", "smooth-hadamard", "rotation", "smooth-rotation",
+    "no-permutation", "random-permutation", "no-smoothing", "two-permutations", "permute-first", "per-block", "hadamard-zigzag",
+)  # fmt: skip
+
+
+def quantisers(incomplete: str) -> list[str]:
+    return [name for name in QUANTISERS if name.startswith(incomplete)]
+
 
 def methods(incomplete: str) -> list[tuple[str, str]]:
     from trocar.recipe.registry import METHODS

@@ -80,6 +80,17 @@ SUPPORT: dict[str, dict[str, str]] = {
         "vLLM": "LoRA adapter or merged checkpoint",
         "llama.cpp": "LoRA adapter or merged checkpoint, converted",
     },
+    "duquant": {
+        "float32": "yes",
+        "bfloat16": "yes (transforms and grids in float32 or wider)",
+        "float16": "yes, where calibration stays finite",
+        "quantised": "no",
+        "GGUF": "no",
+        "transformers": "patch or quantised folder",
+        "transformers without trocar": "compressed-tensors without rotations; plain checkpoint (activations not rounded)",
+        "vLLM": "compressed-tensors, one rotation a layer; plain checkpoint (activations not rounded)",
+        "llama.cpp": "plain checkpoint, converted (activations not rounded)",
+    },
 }
 
 

@@ -58,6 +58,16 @@ class Workspace:
             save_file(result, temporary, metadata={"key": digest})
         return result
 
+    def holds(self, name: str, key: Mapping[str, Any]) -> bool:
+        """Whether the tensors of a unit are committed under this key. Reads the file's header only."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
+                return (file.metadata() or {}).get("key") == self._digest(key)
+        except (OSError, SafetensorError):
+            return False
+
     def room(self, name: str) -> Workspace:
         """A workspace in a sub-folder."""
         return Workspace(self.folder / name, self.common)

@@ -70,7 +70,7 @@ class ByteData(Config):
     channel: float = 25.0
     massive: float = 1400.0
     layer: int = 1
-    heal: int = 300
+    heal: int = 400
 
 
 class Planted(Config):
@@ -234,7 +234,7 @@ MODELS: tuple[LabModel, ...] = (
         trouble="Four channels are large on every token, and one entry is a thousand times the median at the start: hard to quantise.",
         data=ByteData(),
         shape=DecoderShape(width=128, blocks=3, heads=4, neurons=384),
-        train=TextRecipe(steps=300, batch=16, lr=2e-3, weight_decay=0.0, checkpoint_steps=100),
+        train=TextRecipe(steps=1200, batch=16, lr=2e-3, weight_decay=0.0, checkpoint_steps=100),
     ),
 )
 

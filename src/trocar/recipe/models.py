@@ -87,7 +87,7 @@ def load_model(model: ModelSource | str, base: Path | None = None) -> PreTrained
     """
     asked = ModelSource(source=model) if isinstance(model, str) else model
     place = find_model(asked.source, base)
-    with _quiet_in_files():
+    with quiet_in_files():
         return _load_lab(place.where, asked) if place.kind == "lab" else _load_pretrained(place, asked)
 
 
@@ -156,7 +156,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_in_files() -> Iterator[None]:
+def quiet_in_files() -> Iterator[None]:
     """No progress bars of the libraries where nobody looks (core.progress has the same rule)."""
     from transformers.utils import logging
 
@@ -209,7 +209,7 @@ def _load_pretrained(place: Place, asked: ModelSource) -> PreTrainedModel:
 def _settle(model: Any, asked: ModelSource) -> PreTrainedModel:
     import torch
 
-    device = _device(asked.device)
+    device = find_device(asked.device)
     dtype = None if asked.dtype == "auto" else getattr(torch, asked.dtype)
     try:
         return model.to(device=device, dtype=dtype).eval()
@@ -217,7 +217,8 @@ def _settle(model: Any, asked: ModelSource) -> PreTrainedModel:
         raise UnsupportedModelError(f"{asked.source} cannot be moved to {device}: {str(error).splitlines()[0]}.") from error
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
+    """The device that a name stands for, `auto` being the first accelerator, else the CPU. Raises DataError if this machine has none."""
     import torch
 
     if name == "auto":

@@ -93,16 +93,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError for anything that is not a valid recipe: unreadable or ambiguous YAML, unknown keys, wrong types, unknown methods.
     """
     data = read_yaml(path)
-    for override in overrides:
-        data = _override(data, override)
+    for change in overrides:
+        data = override(data, change)
     return parse_recipe(data, str(path), Path(path).parent)
 
 
-def _override(data: Any, override: str) -> Any:
-    key, equals, text = override.partition("=")
+def override(data: Any, change: str) -> Any:
+    """`data` with one `key.path=value` of it changed, the value in YAML. Raises ConfigError for what is none, or leads nowhere."""
+    key, equals, text = change.partition("=")
     steps = key.split(".")
     if not equals or not all(steps):
-        raise ConfigError(f"--set {override!r} is not of the form key=value.", "For example --set method.keep=0.1.")
+        raise ConfigError(f"--set {change!r} is not of the form key=value.", "For example --set method.keep=0.1.")
     value = parse_yaml(text, f"--set {key}") if text else None
     data = copy.deepcopy(data)  # anchors make parts of a recipe one object
     place = data

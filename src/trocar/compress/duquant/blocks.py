@@ -12,19 +12,19 @@ from torch import nn
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.compress.duquant import streams
-from trocar.compress.duquant.chains import build_chain, largest, smoothing_scale
+from trocar.compress.duquant.chains import activation_sizes, build_chain, sizes_of, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.experts import Route, output_error, quantise_experts, routes, sent_as, smooth_experts
 from trocar.compress.duquant.groups import (
     Group,
     Staged,
+    by_value,
     chain_of,
     fold,
     groups,
     is_float,
     multiply,
     quantisers,
-    scale_of_values,
     stage,
     to_heads,
 )
@@ -41,9 +41,10 @@ FOLD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # of a block's outp
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What the float block does: maxima (C,) of each group's input, outputs per batch, and whether a ReLU lies before the down map."""
+    """What the float block does: sizes (C,) of the channels of each group's input, outputs per batch, and whether a ReLU lies before the
+    down map."""
 
-    maxima: Mapping[str, torch.Tensor]
+    sizes: Mapping[str, torch.Tensor]
     outputs: Sequence[torch.Tensor]
     relu: bool
 
@@ -72,7 +73,7 @@ def quantise_block(
     """
     block = tower.blocks[layer]
     found = groups(tower, layer)
-    seen = statistics(tower, layer, found, reference)
+    seen = statistics(tower, layer, found, reference, config)
     sent = routes(block, layer, tower.module(layer, "experts"), reference) if tower.has(layer, "experts") else []
     staged = stage(anatomy, tower, layer)
     tokens: list[int] = []
@@ -111,17 +112,18 @@ def _dense(found: Sequence[Group]) -> list[Group]:
     return [group for group in found if not group.of_experts]
 
 
-def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequence[Batch]) -> Statistics:
+def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequence[Batch], config: DuQuantConfig) -> Statistics:
     """One pass of the float block over its inputs."""
+    measure = "peak" if config.smoothing is None else config.smoothing.measure
     seen = [group for group in found if group.name != "experts_hidden"]
-    maxima: dict[str, list[torch.Tensor]] = {group.name: [] for group in seen}
+    parts: dict[str, list[torch.Tensor]] = {group.name: [] for group in seen}
     heads = {group.name: tower.module(layer, group.roles[0]) for group in seen}
 
     def see(name: str, rows: torch.Tensor) -> None:
         if not rows.isfinite().all():
             where = f"{tower.path(layer, 'block')}, input of {name}"
             raise DataError(f"{where}: {int((~rows.isfinite()).sum())} entries are not finite.", "Calibrate in bfloat16 or float32.")
-        maxima[name].append(rows.abs().amax(0).float())
+        parts[name].append(activation_sizes(rows, measure))
 
     relu = _Relu()
     asked = any(group.name == "mlp_hidden" and not group.source for group in found)
@@ -131,7 +133,8 @@ def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequen
     finally:
         for handle in handles:
             handle.remove()
-    return Statistics({name: largest(parts) for name, parts in maxima.items()}, [out for out in outputs if out is not None], relu.holds)
+    sizes = {name: sizes_of(torch.stack(found), measure) for name, found in parts.items()}
+    return Statistics(sizes, [out for out in outputs if out is not None], relu.holds)
 
 
 class _Relu:
@@ -166,14 +169,14 @@ def smooth(
         return {}
     online, scales = {}, {}
     if staged.experts is not None:
-        smooth_experts(staged, found, seen.maxima["experts_in"], sent, config)
+        smooth_experts(staged, found, seen.sizes["experts_in"], sent, config)
     plain = [group for group in _dense(found) if group.name != "shared_in"]  # which has the experts' scale
     for group in plain:
         roles = group.roles if config.smoothing.weights == "all" else group.roles[:1]
-        weight = largest([staged.layers[role].get_buffer("values").abs().amax(0) for role in roles])
-        a = seen.maxima[group.name].to(weight)
+        weight = sizes_of(torch.cat([staged.layers[role].get_buffer("values") for role in roles]), config.smoothing.measure)
+        a = seen.sizes[group.name].to(weight)
         if group.source == "v":
-            a, weight = (scale_of_values(part, staged.tower, staged.layer) for part in (a, weight))
+            a, weight = (sizes_of(by_value(part, staged.tower, staged.layer), config.smoothing.measure) for part in (a, weight))
         scale = smoothing_scale(a, weight, config.smoothing.alpha)
         scales[group.name] = to_heads(scale, staged.tower, staged.layer) if group.source == "v" else scale
     for group in plain:

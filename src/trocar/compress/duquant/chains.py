@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from trocar.compress.duquant.config import Chain
@@ -82,6 +80,12 @@ def _permutation(x: torch.Tensor, chain: Chain, size: int, generator: torch.Gene
     return zigzag(x.abs().amax(0), size).cpu()
 
 
-def largest(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Entry-wise maximum of equally shaped tensors."""
-    return torch.stack(list(parts)).amax(0)
+def sizes_of(rows: torch.Tensor, measure: str) -> torch.Tensor:
+    """How large each channel of rows (n, C) is, (C,): its largest magnitude (`peak`), or its root mean square (`rms`)."""
+    return rows.abs().amax(0) if measure == "peak" else rows.square().mean(0).sqrt()
+
+
+def activation_sizes(rows: torch.Tensor, measure: str) -> torch.Tensor:
+    """The same of activations; in root mean squares every token counts alike, however long, since it is rounded on a grid of its own."""
+    wide = rows.float()
+    return sizes_of(wide if measure == "peak" else wide / wide.norm(dim=1, keepdim=True).clamp(min=1e-30), measure)

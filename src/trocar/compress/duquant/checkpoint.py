@@ -37,7 +37,7 @@ from trocar.patch.quantised import QuantisedExperts, RoundedHeads
 from trocar.patch.record import dtype_code
 from trocar.patch.stacked import expert_keys, read_stack, spelt
 
-ABOUT, REST = "quantised.json", "rest.safetensors"
+ABOUT, REST, GENERATION = "quantised.json", "rest.safetensors", "generation_config.json"
 FORMAT, VERSION = "trocar-quantised", 1
 RECORDS = {"quantise": QuantiseRecord, "quantise-experts": ExpertsRecord}
 
@@ -135,14 +135,7 @@ def quantise_checkpoint(
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-    identity = {
-        "config": config.model_dump(mode="json"),
-        "seed": seed,
-        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in shards(source)],
-        "inputs": {name: tensor_fingerprint(value) for name, value in sorted(inputs.items())},
-        "dtype": str(dtype),
-    }
-    work = Workspace(Path(f"{target}.partial"), identity)
+    work = Workspace(Path(f"{target}.partial"), identity(source, inputs, config, seed, dtype))
     driver = _Driver(anatomy, shelf, work, inputs, config, seed, dtype, device)
     errors: dict[str, float] = {}
     sent: dict[str, list[int]] = {}
@@ -160,6 +153,19 @@ def quantise_checkpoint(
     if note := told(sent):
         warnings.warn(note, stacklevel=2)
     return errors
+
+
+def identity(
+    source: Path, inputs: Mapping[str, torch.Tensor], config: DuQuantConfig, seed: int, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Everything that a block depends on: the common part of every unit's key."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "seed": seed,
+        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in shards(source)],
+        "inputs": {name: tensor_fingerprint(value) for name, value in sorted(inputs.items())},
+        "dtype": str(dtype),
+    }
 
 
 class _Driver:
@@ -258,8 +264,8 @@ def _finish(source: Path, folder: Path, target: Path, model: nn.Module, tower: T
     copy_others(source, folder)
     about = {"format": FORMAT, "version": VERSION, "settings": config.model_dump(mode="json"), "seed": seed, "blocks": tower.n_layers}
     write_json(folder / ABOUT, about | {"blocks_path": tower.blocks_path})
-    for states in folder.glob("states-*.safetensors"):
-        states.unlink()
+    for left in (*folder.glob("states-*.safetensors"), *folder.glob(".*.tmp")):  # the latter of runs killed as they wrote
+        left.unlink()
     os.replace(folder, target)
 
 
@@ -309,6 +315,8 @@ def load_quantised(folder: str | os.PathLike[str], device: Any = "cpu") -> Any:
         raise DataError(f"{folder} has no values for {left[0]} ({len(left)} parameters).", "Make it again.")
     if attention is not None:
         RoundedHeads(tower, attention).install()
+    if (folder / GENERATION).is_file() and getattr(model, "generation_config", None) is not None:
+        model.generation_config = type(model.generation_config).from_pretrained(str(folder))  # where texts end, among others
     return model.to(device).eval()
 
 

@@ -82,11 +82,14 @@ class Chain(Config):
 
 
 class Smoothing(Config):
-    """s = a^alpha / w^(1 - alpha) per channel, a and w the largest magnitudes of activation and weight. alpha: paper 0.6, 0.5 with a
-    learned clip. weights: the maximum over `all` layers of the group, or only the `first` one (q of q, k, v; up of gate, up: the released
+    """s = a^alpha / w^(1 - alpha) per channel, a and w the size of activation and weight. measure: of size, `peak`, the largest magnitude
+    (paper), or `rms`, the root mean square (of tokens scaled to one length): once rotations have spread what sticks out, it is mean squares
+    that rounding costs, and with alpha 0.5 their product over activations and weights is least. alpha: paper 0.6, 0.5 with a learned clip.
+    weights: the maximum over `all` layers of the group, or only the `first` one (q of q, k, v; up of gate, up: the released
     code). online: whether layers whose scale folds into nothing divide as they run, or are left unsmoothed."""
 
     alpha: float = pydantic.Field(default=0.6, ge=0, le=1)
+    measure: Literal["peak", "rms"] = "peak"
     weights: Literal["all", "first"] = "all"
     online: bool = True
 

@@ -16,8 +16,8 @@ CELLS = 40  # most rows and columns of a map; a cell shows the largest of its en
 SHOWN = 12  # inputs in the table of peaks
 
 
-def captured(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of modules on the first row of `inputs`, (T, C) float32 each."""
+def captured(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, torch.Tensor], rows: int = 1) -> dict[str, torch.Tensor]:
+    """The inputs of modules on the first `rows` rows of `inputs`, (T, C) float32 each."""
     found: dict[str, torch.Tensor] = {}
 
     def hook(path: str) -> Any:
@@ -29,7 +29,7 @@ def captured(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, torch.
     handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
     try:
         with torch.no_grad():
-            model(**{name: value[:1] for name, value in inputs.items()})
+            model(**{name: value[:rows] for name, value in inputs.items()})
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,7 @@ from torch import nn
 from trocar.anatomy import Tower
 from trocar.anatomy.experts import BESIDE
 from trocar.compress.duquant import streams
-from trocar.compress.duquant.chains import build_chain, largest, smoothing_scale
+from trocar.compress.duquant.chains import activation_sizes, build_chain, sizes_of, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import Group, Staged, chain_of, fold, is_float, multiply, quantisers
 from trocar.compress.duquant.moments import CLIP_ROWS, activation_clip, rounded, row_weights
@@ -121,11 +121,11 @@ def told(tokens: Mapping[str, Sequence[int]]) -> str:
     )
 
 
-def smooth_experts(staged: Staged, found: Sequence[Group], maxima: torch.Tensor, sent: Sequence[Route], config: DuQuantConfig) -> None:
+def smooth_experts(staged: Staged, found: Sequence[Group], sizes: torch.Tensor, sent: Sequence[Route], config: DuQuantConfig) -> None:
     """Fold scales into the norm before the experts, for all that read it, and into each expert's rows of up.
 
-    maxima: (C,) of the experts' input; sent: what the router of the float model sends them. The scale of the norm is rounded to powers of
-    two: then norm and router compute the same bits as before, in half precision too, and no token is sent elsewhere.
+    sizes: (C,) of the channels of the experts' input; sent: what the router of the float model sends them. The scale of the norm is
+    rounded to powers of two: then norm and router compute the same bits as before, in half precision too, and no token is sent elsewhere.
     """
     experts = staged.experts
     assert config.smoothing is not None and experts is not None  # noqa: PT018 - for the type checker
@@ -134,17 +134,18 @@ def smooth_experts(staged: Staged, found: Sequence[Group], maxima: torch.Tensor,
     named = {group.name: group for group in found}
     into = [named[name] for name in ("shared_in", "experts_in") if name in named]
     roles = [role for group in into if not group.of_experts for role in group.roles]
-    columns = [staged.layers[role].get_buffer("values").abs().amax(0) for role in (roles[:1] if first else roles)]
-    weight = largest([(gate_up[:, half:] if first else gate_up).abs().amax((0, 1)), *columns])
+    measure = config.smoothing.measure
+    columns = [staged.layers[role].get_buffer("values") for role in (roles[:1] if first else roles)]
+    weight = sizes_of(torch.cat([(gate_up[:, half:] if first else gate_up).flatten(0, 1), *columns]), measure)
     if not is_float(named["experts_hidden"], config):
-        for expert, high in hidden_maxima(experts, sent).items():
-            scale = smoothing_scale(high.to(down), down[expert].abs().amax(0), config.smoothing.alpha)
+        for expert, size in hidden_sizes(experts, sent, measure).items():
+            scale = smoothing_scale(size.to(down), sizes_of(down[expert], measure), config.smoothing.alpha)
             gate_up[expert, half:] /= scale[:, None]
             down[expert] *= scale
     experts.forget()
     if not named["experts_in"].source or all(is_float(group, config) for group in into):
         return
-    scale = smoothing_scale(maxima.to(weight), weight, config.smoothing.alpha).log2().round().exp2()
+    scale = smoothing_scale(sizes.to(weight), weight, config.smoothing.alpha).log2().round().exp2()
     exact = fold(staged, named["experts_in"], scale)
     gate_up *= exact.to(gate_up)
     for group in into:
@@ -161,19 +162,18 @@ def smooth_experts(staged: Staged, found: Sequence[Group], maxima: torch.Tensor,
         staged.exchange(path, reader)
 
 
-def hidden_maxima(experts: QuantisedExperts, sent: Sequence[Route]) -> dict[int, torch.Tensor]:
-    """Largest magnitudes (F,) of what enters the down map of each expert that was sent enough tokens. Channels of different experts have
-    nothing to do with each other, so the others get no scale rather than one from elsewhere."""
+def hidden_sizes(experts: QuantisedExperts, sent: Sequence[Route], measure: str) -> dict[int, torch.Tensor]:
+    """Sizes (F,) of what enters the down map of each expert that was sent enough tokens. Channels of different experts have nothing to do
+    with each other, so the others get no scale rather than one from elsewhere."""
     enough = {expert for expert, count in enumerate(counts(sent, experts.count)) if count >= FEWEST}
-    high: dict[int, torch.Tensor] = {}
+    parts: dict[int, list[torch.Tensor]] = {}
     for route in sent:
         for visit in experts.visits(route.x, route.chosen):
             if not visit.hidden.isfinite().all():
                 raise DataError(f"The input of the down map of expert {visit.expert} is not finite.", "Calibrate in bfloat16 or float32.")
             if visit.expert in enough:
-                now = visit.hidden.abs().amax(0).float()
-                high[visit.expert] = torch.maximum(high[visit.expert], now) if visit.expert in high else now
-    return high
+                parts.setdefault(visit.expert, []).append(activation_sizes(visit.hidden, measure))
+    return {expert: sizes_of(torch.stack(found), measure) for expert, found in parts.items()}
 
 
 def quantise_experts(staged: Staged, found: Sequence[Group], current: Sequence[Batch], config: DuQuantConfig, seed: int) -> list[int]:

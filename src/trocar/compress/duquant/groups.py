@@ -172,9 +172,9 @@ def stand_in(weight: torch.Tensor, bias: torch.Tensor | None) -> QuantisedLinear
     )
 
 
-def scale_of_values(scale: torch.Tensor, tower: Tower, layer: int) -> torch.Tensor:
-    """Largest entry over the query heads that read the same value channel: (heads * size,) -> (kv_heads * size,)."""
-    return scale.reshape(tower.kv_heads(layer), tower.group(layer), -1).amax(1).flatten()
+def by_value(channels: torch.Tensor, tower: Tower, layer: int) -> torch.Tensor:
+    """Channels of the attention's output by the value channel they read: (heads * size,) -> (heads of a group, kv_heads * size)."""
+    return channels.reshape(tower.kv_heads(layer), tower.group(layer), -1).transpose(0, 1).flatten(1)
 
 
 def to_heads(scale: torch.Tensor, tower: Tower, layer: int) -> torch.Tensor:
@@ -189,7 +189,7 @@ def fold(staged: Staged, group: Group, scale: torch.Tensor) -> torch.Tensor:
     """
     if group.source in ("v", "up", "shared_up"):
         layer, rows = _rows(staged, group.source)
-        small = scale_of_values(scale, staged.tower, staged.layer) if group.source == "v" else scale
+        small = by_value(scale, staged.tower, staged.layer)[0] if group.source == "v" else scale
         values: torch.Tensor = layer.get_buffer("values")
         values[rows] /= small[:, None].to(values)
         if layer.bias is not None:

@@ -11,6 +11,8 @@ from trocar.core.errors import ConfigError, nearest
 
 _SMOOTHQUANT = Smoothing(alpha=0.5)  # arXiv 2211.10438, section 4
 
+_EVEN = Smoothing(alpha=0.5, measure="rms")
+
 _FOR_ENGINES: dict[str, Any] = {"symmetric": True, "clip": "search", "rounding": "gptq", "activation_clip": 1.0}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "duquant": {},
     "duquant-clip": {"clip": "search"},
     "duquant-gptq": {"clip": "search", "rounding": "gptq"},
-    "duquant-gptaq": {"clip": "search", "rounding": "gptaq", "reach": 4.0, "activation_clip": "search"},
+    "duquant-gptaq": {"smoothing": _EVEN, "clip": "search", "rounding": "gptaq", "activation_clip": "search"},
     "folded": {"smoothing": Smoothing(online=False), "chain": None, **_FOR_ENGINES},
     "export": {
         "smoothing": Smoothing(online=False),

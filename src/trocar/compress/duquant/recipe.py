@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pydantic
@@ -19,6 +19,8 @@ from trocar.evaluate import Measurement, perplexity, perplexity_measurement
 from trocar.method import Estimate, Figure, Job, Method, Outcome, Transcript
 from trocar.patch import Patch
 from trocar.patch.ops.quantise import Quantise
+from trocar.patch.quantised import memory
+from trocar.patch.quantised.linear import MODES
 from trocar.trace.queries import continuations, encode
 
 
@@ -40,14 +42,9 @@ def run(job: Job) -> Outcome:
     config: RecipeConfig = job.config
     anatomy = Anatomy.of(job.model)
     base = fingerprint(anatomy.model)
-    windows = _stream(job, "calibration", config.windows * config.window_tokens)
-    count = len(windows) // config.window_tokens
-    if count < 1:
-        raise DataError(
-            f"data.calibration has {len(windows)} tokens, fewer than one window of {config.window_tokens}.",
-            "Give more text, or shorter windows.",
-        )
-    inputs = {"input_ids": windows[: count * config.window_tokens].reshape(count, config.window_tokens).to(_device(anatomy))}
+    windows = cut(_stream(job, "calibration", config.windows * config.window_tokens), config.window_tokens, "data.calibration")
+    count = len(windows)
+    inputs = {"input_ids": windows.to(_device(anatomy))}
     done = quantise(anatomy, inputs, config.quantisation(), job.seed)
     errors, places = done.errors, _places(done)
     patch = done.patch(**config.model_dump(mode="json"))
@@ -83,18 +80,32 @@ def _device(anatomy: Anatomy) -> torch.device:
 
 
 def _stream(job: Job, role: str, count: int) -> torch.Tensor:
-    """The first `count` tokens of a role's texts, joined by line ends."""
+    """The first `count` tokens of a role's texts."""
     fields = job.data[role].fields
     if "text" not in fields:
         raise DataError(f"data.{role} has no column 'text'.", f"It has {', '.join(fields)}; rename one with `columns`.")
+    return stream(fields["text"], job.processor, count, f"data.{role}")
+
+
+def stream(texts: Iterable[Any], tokenizer: Any, count: int, where: str) -> torch.Tensor:
+    """The first `count` tokens of the texts, (at most count,), each text followed by a line end. where: what holds them, for the error.
+    Raises DataError for fewer than two."""
     ids: list[int] = []
-    for text in fields["text"]:
-        ids += job.processor(f"{text}\n", add_special_tokens=False)["input_ids"]
+    for text in texts:
+        ids += tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
         if len(ids) >= count:
             break
     if len(ids) < 2:
-        raise DataError(f"data.{role} has {len(ids)} tokens of text.", "Give more.")
+        raise DataError(f"{where} has {len(ids)} tokens of text.", "Give more.")
     return torch.tensor(ids[:count])
+
+
+def cut(tokens: torch.Tensor, length: int, where: str) -> torch.Tensor:
+    """A stream (n,) as windows (n // length, length); what is left over falls away. Raises DataError if it does not fill one."""
+    count = len(tokens) // length
+    if count < 1:
+        raise DataError(f"{where} has {len(tokens)} tokens, fewer than one window of {length}.", "Give more text, or shorter windows.")
+    return tokens[: count * length].reshape(count, length)
 
 
 def _prompts(job: Job) -> list[str]:
@@ -148,7 +159,9 @@ def _log(config: RecipeConfig, anatomy: Anatomy, patch: Patch, errors: dict[str,
     quantised = [op for op in patch.ops if isinstance(op, Quantise)]
     weights = sum(layer.out_features * layer.in_features for op in quantised for layer in op.layers)
     stored = sum(spec.nbytes for op in quantised for spec in op.record().specs().values())
-    width = next(anatomy.model.parameters()).element_size()
+    dtype = next(anatomy.model.parameters()).dtype
+    width = dtype.itemsize
+    kept = {mode: size for mode, size in memory([layer for op in quantised for layer in op.layers], dtype).items() if mode in MODES}
     layers = {name: error for name, error in errors.items() if "." in name}
     worst = max(layers, key=lambda name: layers[name])
     return {
@@ -156,6 +169,7 @@ def _log(config: RecipeConfig, anatomy: Anatomy, patch: Patch, errors: dict[str,
         "layers": len(layers),
         "quantised weights": weights,
         "bytes of these layers": {"float": weights * width, "quantised": stored, "bits a weight": 8 * stored / weights},
+        "bytes kept beside these by mode": kept,
         "calibration": f"{windows} windows of {config.window_tokens} tokens",
         "mean output error of a layer": sum(layers.values()) / len(layers),
         "worst layer": {worst: layers[worst]},

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from trocar.core.errors import ConfigError
 from trocar.patch.quantised.linear import FullPrecision, GroupInput, unturned
-from trocar.patch.quantised.numbers import IntegerRows, Quantiser, dequantise, integer_linear, integer_rows, pack, unpack
+from trocar.patch.quantised.numbers import IntegerRows, Quantiser, dequantise, integer_linear, integer_weight, pack, unpack
 
 Stack = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -64,7 +64,7 @@ class Matrices(FullPrecision):
         return dequantise(self.code(expert), self.get_buffer("step")[expert], self.get_buffer("zero")[expert])
 
     def integers(self, expert: int) -> IntegerRows:
-        return integer_rows(self.code(expert), self.get_buffer("step")[expert], self.get_buffer("zero")[expert])
+        return integer_weight(self.code(expert), self.get_buffer("step")[expert], self.get_buffer("zero")[expert], self.quantiser)
 
     def extra_repr(self) -> str:
         return f"{self.count} x {self.in_features} -> {self.out_features}, {self.quantiser.bits} bits"
@@ -85,7 +85,8 @@ class QuantisedExperts(FullPrecision):
 
     shared: transform and rounding of x, done once for all experts; hidden: those in front of the down maps, of which expert e takes number
     which[e]; gate_up: (E, 2 F, C); down: (E, C, F); activation: of the gate. mode: `simulated` (float products of rounded values) or
-    `integer`, set by `execute`; what a mode needs of an expert is made when the expert is first asked and kept beside the codes.
+    `integer`, set by `execute`; what a mode needs of an expert is made when the expert is first asked and, if `keep`, kept beside the
+    codes.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class QuantisedExperts(FullPrecision):
     ) -> None:
         super().__init__()
         self.input, self.hidden, self.which = shared, nn.ModuleList(hidden), tuple(which)
-        self.gate_up, self.down, self.act_fn, self.mode = gate_up, down, activation, "simulated"
+        self.gate_up, self.down, self.act_fn, self.mode, self.keep = gate_up, down, activation, "simulated", True
         self._ready: tuple[Any, dict[Any, Any]] = (None, {})
 
     @property
@@ -123,7 +124,7 @@ class QuantisedExperts(FullPrecision):
     def visit(self, expert: int, front: torch.Tensor | IntegerRows, chosen: torch.Tensor, like: torch.Tensor) -> Visit:
         """One expert's work. front: all rows as `prepared(self.input, x)` gave them; like: of the dtype to compute in."""
         tokens, slots = torch.where(chosen == expert)
-        rows = IntegerRows(*(part[tokens] for part in front)) if isinstance(front, IntegerRows) else front[tokens]
+        rows = front.some(tokens) if isinstance(front, IntegerRows) else front[tokens]
         gate, up = self._times(self.gate_up, expert, rows, like).chunk(2, dim=-1)
         return Visit(expert, tokens, slots, self.act_fn(gate) * up)
 
@@ -137,11 +138,14 @@ class QuantisedExperts(FullPrecision):
         if self._ready[0] != key:
             self._ready = (key, {})
         made, place = self._ready[1], (matrices is self.down, expert)
-        if place not in made:
-            made[place] = matrices.integers(expert) if self.mode == "integer" else matrices.rounded(expert).to(like)
+        weight: Any = made.get(place)
+        if weight is None:
+            weight = matrices.integers(expert) if self.mode == "integer" else matrices.rounded(expert).to(like)
+            if self.keep:
+                made[place] = weight
         if isinstance(rows, IntegerRows):
-            return integer_linear(rows, made[place]).to(like.dtype)
-        return functional.linear(rows, made[place])
+            return integer_linear(rows, weight).to(like.dtype)
+        return functional.linear(rows, weight)
 
     def effective(self, expert: int, part: int) -> torch.Tensor:
         """An expert's weight in the basis of its own input, float32: what a float expert would hold. part: 0 gate_up (2 F, C), 1 down."""
@@ -151,8 +155,8 @@ class QuantisedExperts(FullPrecision):
 
     def can(self, mode: str) -> str:
         """Why these experts cannot run in `mode`; empty if they can."""
-        if mode == "packed":
-            return "experts have no packed products"
+        if mode in ("packed", "float8"):
+            return f"experts have no products of the kind {mode}"
         if mode == "integer":
             pairs = [(self.gate_up, self.input), (self.down, self.in_front_of(0))]
             if any(matrices.quantiser.bits > 8 or front.quantiser.bits > 8 for matrices, front in pairs):

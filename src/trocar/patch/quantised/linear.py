@@ -9,21 +9,22 @@ from torch import nn
 from torch.nn import functional
 
 from trocar.core.errors import ConfigError
+from trocar.patch.quantised.float8 import CAPABILITY, Float8Rows, float8_linear, float8_rows, float8_weight
 from trocar.patch.quantised.numbers import (
     IntegerRows,
     Quantiser,
-    codes,
     dequantise,
-    grid,
     integer_linear,
     integer_rows,
+    integer_weight,
     pack,
     quantised,
     unpack,
 )
+from trocar.patch.quantised.packed import INNER_TILES, PackedWeight, kernel_group, packed_linear, packed_weight
 from trocar.patch.quantised.transform import Transform
 
-MODES = ("simulated", "integer", "packed")
+MODES = ("simulated", "integer", "packed", "float8")
 
 
 class FullPrecision(nn.Module):
@@ -36,9 +37,26 @@ class FullPrecision(nn.Module):
         return self
 
 
+class NoWayBack(torch.autograd.Function):
+    """The second argument, as a function of the first whose gradient nobody knows: asking for it is an error, and NaN inside
+    `torch.compile`, where none can be raised."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        ctx.shape = x.shape
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return grads[0].new_full(ctx.shape, float("nan")), None
+        raise ConfigError("Layers in integers, packed weights or float8 have no gradients.", "Use execute(model, 'simulated').")
+
+
 class GroupInput(FullPrecision):
     """What happens to the input that several linear layers read: transform, then quantisation per token. The work is done once per
-    tensor: siblings that are called with the very same object get the result of the first of them.
+    tensor: siblings that are called with the very same object get the result of the first of them (not inside `torch.compile`, which finds
+    what is computed twice by itself, nor with gradients or in inference mode).
 
     readers: how many layers read it; after the last one nothing is kept.
     """
@@ -63,10 +81,15 @@ class GroupInput(FullPrecision):
         """The transformed input as integer rows, leading axes flattened; found once for all readers, as `forward` is."""
         return self._once(x, self._integers)
 
+    def floats8(self, x: torch.Tensor) -> Float8Rows:
+        """The transformed input in e4m3, leading axes flattened; found once. The quantiser has no say in it."""
+        return self._once(x, self._floats8)
+
     def _integers(self, x: torch.Tensor) -> IntegerRows:
-        turned = self.transform.online(x.flatten(0, -2))
-        step, zero = grid(turned, self.quantiser)
-        return integer_rows(codes(turned, step, zero, self.quantiser), step, zero)
+        return integer_rows(self.transform.online(x.reshape(-1, self.channels)), self.quantiser)
+
+    def _floats8(self, x: torch.Tensor) -> Float8Rows:
+        return float8_rows(self.transform.online(x.reshape(-1, self.channels)))
 
     def values(self, x: torch.Tensor) -> torch.Tensor:
         """The transformed and rounded input, computed anew."""
@@ -74,8 +97,8 @@ class GroupInput(FullPrecision):
         return quantised(turned, self.quantiser, straight=torch.is_grad_enabled() and turned.requires_grad)
 
     def _once(self, x: torch.Tensor, compute: Any) -> Any:
-        if self.readers == 1 or torch.is_grad_enabled():
-            return compute(x)
+        if self.readers == 1 or torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
+            return compute(x)  # tensors of inference mode do not tell whether they were written to
         last = self._last
         if last is None or last[0] is not x or last[1] != x._version:
             last = (x, x._version, {}, 0)
@@ -93,8 +116,9 @@ class QuantisedLinear(FullPrecision):
     """y = quantised(x G) (quantised(W G^-T))^T + b.
 
     weight: codes (O, C), step and zero (O, groups), or a float matrix with `quantiser.bits` 16. The codes are kept, two to a byte up to 4
-    bits. mode: how the product is computed (`MODES`, set by `execute`); what a mode needs is made at the first call and kept beside the
-    codes: a float matrix (`simulated`, the reference), int8 (`integer`), half a byte a weight (`packed`).
+    bits. mode: how the product is computed (`MODES`, set by `execute`). What a mode needs is made at the first call and, if `keep`, kept
+    beside the codes (else made again at every call): a float matrix (`simulated`, the reference), a byte a weight (`integer`, `float8`),
+    half a byte (`packed`). Only `simulated` has gradients.
     """
 
     bias: torch.Tensor | None
@@ -108,7 +132,7 @@ class QuantisedLinear(FullPrecision):
         owner: bool = True,
     ) -> None:
         super().__init__()
-        self.quantiser, self.mode = quantiser, "simulated"
+        self.quantiser, self.mode, self.keep = quantiser, "simulated", True
         self._shared = [shared]  # in a list, so that of the siblings only the owner counts it among its modules
         if owner:
             self.input = shared
@@ -145,49 +169,84 @@ class QuantisedLinear(FullPrecision):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        key = (self.mode, x.dtype, x.device)
-        if self._ready is None or self._ready[0] != key:
-            self._ready = (key, getattr(self, f"_{self.mode}_weight")(x))
-        ready = self._ready[1]
+        ready = self._made(x)
         if self.mode == "simulated":
             return functional.linear(self.shared(x), ready, bias)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._no_way_back(x)
         if self.mode == "integer":
-            out = integer_linear(self.shared.integers(x), ready).to(x.dtype)
+            out = integer_linear(self.shared.integers(x), ready)
+        elif self.mode == "float8":
+            out = float8_linear(self.shared.floats8(x), ready)
         else:
-            size, packed, scales = ready
-            out = torch._weight_int4pack_mm_for_cpu(self.shared(x).flatten(0, -2), packed, size, scales)
-        out = out.unflatten(0, x.shape[:-1])
+            out = packed_linear(self.shared(x).reshape(-1, self.in_features), ready)
+        out = out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return out if bias is None else out + bias
+
+    def _no_way_back(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            out = self.forward(x)
+        return NoWayBack.apply(x, out)  # type: ignore[return-value]
+
+    def _made(self, x: torch.Tensor) -> Any:
+        """What the mode needs of the weight."""
+        key = (self.mode, x.dtype, x.device)
+        if self._ready is not None and self._ready[0] == key:
+            return self._ready[1]
+        with torch.inference_mode(False):  # what is kept must serve outside of it too
+            made = getattr(self, f"_{self.mode}_weight")(x)
+        if self.keep:
+            self._ready = (key, made)
+        return made
 
     def _simulated_weight(self, x: torch.Tensor) -> torch.Tensor:
         return self.transformed_weight().to(x)
 
     def _integer_weight(self, x: torch.Tensor) -> IntegerRows:
-        return integer_rows(self.code(), self.get_buffer("step"), self.get_buffer("zero"))
+        return integer_weight(self.code(), self.get_buffer("step"), self.get_buffer("zero"), self.quantiser)
 
-    def _packed_weight(self, x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
-        size = self._kernel_group()
-        step, zero = self.get_buffer("step"), self.get_buffer("zero").float()
-        repeat = self.in_features // size // step.shape[1]
-        scales = torch.stack([step, (8 - zero) * step], dim=-1).repeat_interleave(repeat, dim=1)  # the kernel's value: (q - 8) scale + zero
-        packed = torch._convert_weight_to_int4pack_for_cpu(self.code().int(), 1)
-        return size, packed, scales.transpose(0, 1).contiguous().to(x.dtype)
+    def _float8_weight(self, x: torch.Tensor) -> Float8Rows:
+        return float8_weight(self.code(), self.get_buffer("step"), self.get_buffer("zero"))
+
+    def _packed_weight(self, x: torch.Tensor) -> PackedWeight:
+        return packed_weight(self.get_buffer("codes"), self.in_features, self.get_buffer("step"), self.get_buffer("zero"), x.dtype)
 
     def _kernel_group(self) -> int:
-        size = self.quantiser.group or self.in_features
-        return next((one for one in (256, 128, 64, 32) if size % one == 0), 0)
+        return kernel_group(self.quantiser.group or self.in_features)
 
     def can(self, mode: str) -> str:
         """Why this layer cannot run in `mode`; empty if it can."""
+        device = next(self.buffers()).device
         if mode == "integer":
             if self.quantiser.bits > 8 or self.shared.quantiser.bits > 8:
                 return "integer products need at most 8 bits on both sides"
-            return "" if self.quantiser.group in (None, self.in_features) else "integer products need one grid a row"
+            groups = (self.quantiser.group, self.shared.quantiser.group)
+            return "" if all(group in (None, self.in_features) for group in groups) else "integer products need one grid a row"
         if mode == "packed":
             if self.quantiser.bits > 4 or self.out_features % 16 or not self._kernel_group():
                 return "packed products need at most 4 bits, a multiple of 16 outputs, and grids over multiples of 32 inputs"
-            return "" if self.get_buffer("codes").device.type == "cpu" else "packed products run on the CPU"
+            if device.type == "cuda" and self.in_features % (16 * INNER_TILES):
+                return f"packed products on CUDA need a multiple of {16 * INNER_TILES} inputs"
+            return "" if device.type in ("cpu", "cuda") else "packed products run on the CPU and on CUDA"
+        if mode == "float8":
+            if self.quantiser.bits - self.quantiser.symmetric > 4:
+                return "float8 products need weights of 4 bits: code - zero of more bits is not exact in e4m3"
+            if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+                return "float8 products need a device of compute capability 8.9 or higher"
+            return "" if device.type in ("cpu", "cuda") else "float8 products run on CUDA (and, slowly, on the CPU)"
         return ""
+
+    def bytes_kept(self, mode: str, dtype: torch.dtype = torch.float32) -> int:
+        """What `mode` keeps beside the codes for inputs of `dtype`."""
+        weights, rows = self.out_features * self.in_features, self.out_features
+        groups = 0 if self.quantiser.is_float else self.get_buffer("step").shape[1]
+        if mode == "simulated":
+            return 0 if self.quantiser.is_float and self.get_buffer("values").dtype == dtype else weights * dtype.itemsize
+        if mode == "integer":
+            return weights + rows * 4 * (2 if self.quantiser.centred else 3)
+        if mode == "packed":
+            return weights // 2 + 2 * (self.in_features // self._kernel_group()) * rows * dtype.itemsize
+        return weights + 4 * groups * rows
 
     def forget(self) -> None:
         """To be called when the stored weight was changed."""
@@ -205,33 +264,3 @@ def unturned(weight: torch.Tensor, transform: Transform) -> torch.Tensor:
     """A weight (O, C) in the transformed basis, back in that of its own input, float32."""
     rotated = Transform(transform.channels, None, transform.steps).inverse(weight.double())
     return (rotated if transform.scale is None else rotated / transform.scale.to(rotated)).float()
-
-
-def execute(model: nn.Module, mode: str = "auto") -> dict[str, int]:
-    """Choose how the quantised layers of a model compute; returns how many run in each mode.
-
-    simulated: float products of rounded values, the reference. integer: int8 times int8 into int32, up to 8 bits on both sides; the same
-    numbers up to float rounding. packed: 4-bit weights unpacked inside the product, activations as they are rounded (or not); fast for few
-    rows in bfloat16. auto: integer where it can be, else packed for bfloat16 layers with float activations, else simulated. Raises
-    ConfigError for a mode that one of the layers cannot run in, with the reason.
-    """
-    from trocar.patch.quantised.experts import QuantisedExperts
-
-    kinds = (QuantisedLinear, QuantisedExperts)
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
-    if mode not in (*MODES, "auto"):
-        raise ConfigError(f"There is no mode '{mode}'.", f"Use {', '.join(MODES)} or auto.")
-    half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    for path, layer in layers.items():
-        if mode == "auto":
-            front = layer.shared if isinstance(layer, QuantisedLinear) else layer.input
-            packed = half and front.quantiser.is_float and not layer.can("packed")
-            wanted = "integer" if not layer.can("integer") else "packed" if packed else "simulated"
-        elif reason := layer.can(mode):
-            raise ConfigError(f"{path} cannot run in mode '{mode}': {reason}.", "Use auto.")
-        else:
-            wanted = mode
-        layer.mode = wanted
-        layer.forget()
-    found = [layer.mode for layer in layers.values()]
-    return {one: found.count(one) for one in MODES if one in found}

@@ -42,6 +42,11 @@ class Quantiser(Config):
         """The lowest code: symmetric grids have no partner for the lowest level and leave it out."""
         return 1 if self.symmetric else 0
 
+    @property
+    def centred(self) -> bool:
+        """Whether code - zero always fits into int8: so it does up to 7 bits, and in 8 bits where zero is in the middle."""
+        return self.bits <= 7 or (self.bits == 8 and self.symmetric)
+
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """At least float32."""
@@ -50,7 +55,9 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 def in_groups(x: torch.Tensor, quantiser: Quantiser) -> torch.Tensor:
     """(..., C) -> (..., groups, columns of a group). Raises ConfigError if the group size does not divide C."""
-    size = quantiser.group or x.shape[-1]
+    size = quantiser.group
+    if size is None:
+        return x.unsqueeze(-2)
     if x.shape[-1] % size:
         raise ConfigError(f"Groups of {size} columns do not divide rows of {x.shape[-1]}.", "Choose a divisor as the group size.")
     return x.unflatten(-1, (-1, size))
@@ -64,16 +71,19 @@ def grid(
     clip: instead of the quantiser's own: one number, (..., groups) ratios, or a pair of them for the low and the high end.
     The grid always holds 0, so that the zero point can be stored; for rows that have both signs this changes nothing.
     """
-    low, high = in_groups(wide(x), quantiser).aminmax(dim=-1)
-    return step_and_zero(*_clipped(low, high, quantiser, clip), quantiser)
+    return step_and_zero(*_ends(in_groups(wide(x), quantiser), quantiser, clip), quantiser)
 
 
-def _clipped(
-    low: torch.Tensor, high: torch.Tensor, quantiser: Quantiser, clip: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | float | None
+def _ends(
+    grouped: torch.Tensor, quantiser: Quantiser, clip: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The range that a row's grid covers. (On the CPU torch 2.13 takes eight times as long for `aminmax` as for these two.)"""
     clip = quantiser.clip if clip is None else clip
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    if isinstance(clip, float) and clip == 1:
+        return low, high
     below, above = clip if isinstance(clip, tuple) else (clip, clip)
-    return low.clamp(max=0) * below, high.clamp(min=0) * above
+    return low * below, high * above
 
 
 def step_and_zero(
@@ -84,7 +94,7 @@ def step_and_zero(
         step = (torch.maximum(-low, high) / (2 ** (quantiser.bits - 1) - 1)).clamp(min=SMALLEST_STEP)
         return step, torch.full_like(step, 2 ** (quantiser.bits - 1))
     step = ((high - low) / quantiser.top).clamp(min=SMALLEST_STEP)
-    return step, floor(-low / step + 0.5)
+    return step, floor(0.5 - low / step)
 
 
 def snap(
@@ -92,11 +102,11 @@ def snap(
     step: torch.Tensor,
     zero: torch.Tensor,
     quantiser: Quantiser,
-    rounding: Callable[[torch.Tensor], torch.Tensor] = torch.round,
+    rounding: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.round_,
 ) -> torch.Tensor:
     """Grouped values (..., groups, size) -> their codes as floats. The zero point is added before rounding, so that both ends of a row
     land on both ends of the grid (else quantising twice would differ from once where a row's end lies half-way)."""
-    return rounding(x / step[..., None] + zero[..., None]).clamp(quantiser.bottom, quantiser.top)
+    return rounding((x / step[..., None]).add_(zero[..., None])).clamp_(quantiser.bottom, quantiser.top)
 
 
 def codes(x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, quantiser: Quantiser) -> torch.Tensor:
@@ -123,10 +133,10 @@ def quantised(
     """
     if quantiser.is_float:
         return x
-    rounding, floor = (_through(torch.round), _through(torch.floor)) if straight else (torch.round, torch.floor)
-    low, high = in_groups(wide(x), quantiser).aminmax(dim=-1)
-    step, zero = step_and_zero(*_clipped(low, high, quantiser, clip), quantiser, floor)
-    whole = snap(in_groups(wide(x), quantiser), step, zero, quantiser, rounding)
+    rounding, floor = (_through(torch.round), _through(torch.floor)) if straight else (torch.Tensor.round_, torch.floor)
+    grouped = in_groups(wide(x), quantiser)
+    step, zero = step_and_zero(*_ends(grouped, quantiser, clip), quantiser, floor)
+    whole = snap(grouped, step, zero, quantiser, rounding)
     return ((whole - zero[..., None]) * step[..., None]).flatten(-2).to(x.dtype)
 
 
@@ -144,24 +154,42 @@ def pack(code: torch.Tensor) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, columns: int, signed: bool = False) -> torch.Tensor:
     """The codes that `pack` was given, (..., columns): uint8, or int8 in -8..7 if signed."""
-    both = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :columns]
+    both = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).narrow(-1, 0, columns)
     return ((both ^ 8).view(torch.int8) - 8) if signed else both
 
 
 class IntegerRows(NamedTuple):
-    """Quantised rows as integer products need them. values: codes - 128, (rows, C) int8; step: (rows, 1); zero: zero point - 128, and sums:
-    of the values of each row, both (rows, 1) int32."""
+    """Quantised rows as integer products need them: value = (values - zero) * step.
+
+    values: (rows, C) int8; step: (rows, 1); zero: (rows, 1) int32, or None where it is 0 in every row; sums: of values - zero over each
+    row, (rows, 1) int32, where the rows are a weight's.
+    """
 
     values: torch.Tensor
     step: torch.Tensor
-    zero: torch.Tensor
-    sums: torch.Tensor
+    zero: torch.Tensor | None
+    sums: torch.Tensor | None = None
+
+    def some(self, rows: torch.Tensor) -> IntegerRows:
+        """These rows of activations, which have no sums."""
+        return IntegerRows(self.values[rows], self.step[rows], None if self.zero is None else self.zero[rows])
 
 
-def integer_rows(code: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> IntegerRows:
-    """Codes (rows, C) uint8 with one step and zero point a row, ready for `integer_linear`."""
-    values = (code ^ 128).view(torch.int8)  # flipping the highest bit subtracts 128
-    return IntegerRows(values, step, zero.to(torch.int32) - 128, values.sum(1, dtype=torch.int32)[:, None])
+def integer_rows(x: torch.Tensor, quantiser: Quantiser) -> IntegerRows:
+    """Activations (rows, C), rounded to their grids."""
+    step, zero = grid(x, quantiser)
+    code = snap(in_groups(wide(x), quantiser), step, zero, quantiser).squeeze(-2)
+    if quantiser.centred:
+        return IntegerRows(code.sub_(zero).to(torch.int8), step, None)
+    return IntegerRows(code.sub_(128).to(torch.int8), step, zero.to(torch.int32) - 128)
+
+
+def integer_weight(code: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, quantiser: Quantiser) -> IntegerRows:
+    """The codes of a weight (rows, C) uint8 with one step and zero point a row."""
+    sums = code.sum(1, dtype=torch.int32)[:, None] - code.shape[1] * zero.to(torch.int32)
+    if quantiser.centred:
+        return IntegerRows((code - zero.to(torch.uint8)).view(torch.int8), step, None, sums)  # wraps as int8 does
+    return IntegerRows((code ^ 128).view(torch.int8), step, zero.to(torch.int32) - 128, sums)
 
 
 def integer_linear(x: IntegerRows, weight: IntegerRows) -> torch.Tensor:
@@ -169,18 +197,40 @@ def integer_linear(x: IntegerRows, weight: IntegerRows) -> torch.Tensor:
 
     int8 is multiplied into int32, where sums over up to C = 2^15 columns are exact; the zero points come in through the row sums.
     """
-    columns = x.values.shape[1]
+    assert weight.sums is not None
     whole = int_mm(x.values, weight.values.T)
-    whole -= x.sums * weight.zero.T
-    whole -= x.zero * (weight.sums - columns * weight.zero).T
+    if weight.zero is not None:
+        whole.addcmul_(x.values.sum(1, dtype=torch.int32)[:, None], weight.zero.T, value=-1)
+    if x.zero is not None:
+        whole.addcmul_(x.zero, weight.sums.T, value=-1)
     return whole.to(x.step.dtype).mul_(x.step).mul_(weight.step.T)
 
 
-def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """int8 (M, K) times int8 (K, N) -> int32 (M, N), with the processor's integer instructions where torch has them."""
+def int_mm(a: torch.Tensor, b: torch.Tensor, demanding: bool | None = None) -> torch.Tensor:
+    """int8 (M, K) times int8 (K, N) -> int32 (M, N), with the processor's integer instructions.
+
+    demanding: fill up with zeros, and cut, to what torch asks for on CUDA (more than 16 rows; multiples of 8 inside and outside); default:
+    where `a` lies on such a device. Other devices than that and the CPU multiply in float64, where every sum is exact.
+    """
+    kind = a.device.type
+    if kind not in ("cpu", "cuda"):
+        return (a.double() @ b.double()).to(torch.int32)
+    if kind == "cuda" if demanding is None else demanding:
+        rows, columns = a.shape[0], b.shape[1]
+        a = filled(a, max(rows, 17), up(a.shape[1], 8))
+        return torch._int_mm(a, filled(b.T, up(columns, 8), a.shape[1]).T).narrow(0, 0, rows).narrow(1, 0, columns)
     if a.shape[1] == 1:  # torch 2.13 returns garbage for a single column
         return a.to(torch.int32) * b.to(torch.int32)
-    try:
-        return torch._int_mm(a, b)
-    except (RuntimeError, NotImplementedError):  # shapes or devices that this torch has no kernel for
-        return (a.double() @ b.double()).to(torch.int32)  # exact: every partial sum is below 2^53
+    return torch._int_mm(a, b)
+
+
+def up(number: int, multiple: int) -> int:
+    """The next multiple, at least one."""
+    return max(-(-number // multiple), 1) * multiple
+
+
+def filled(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A matrix with zeros behind it up to (rows, columns)."""
+    if tuple(x.shape) == (rows, columns):
+        return x
+    return torch.nn.functional.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0]))
