@@ -148,16 +148,14 @@ def _check_shape(model: Any, asked: Request, config: DuQuantConfig) -> Any:
     """The model's tower; what names or sizes in the settings do not fit it is refused."""
     from trocar.anatomy import Anatomy
     from trocar.compress.duquant.chains import block_size
-    from trocar.compress.duquant.groups import check_keep, groups
+    from trocar.compress.duquant.groups import channels_of, check_keep, groups
 
-    tower = Anatomy.of(model).tower()
+    tower = Anatomy.of(model, experts=True).tower()
     every = [group for layer in range(tower.n_layers) for group in groups(tower, layer)]
     check_keep(list(config.keep), every)
     if config.chain is not None and config.chain.block_size != "auto" and config.chain.rotation != "full-hadamard":
         for group in every:
-            weight: Any = tower.module(group.layer, group.roles[0]).weight
-            channels = weight.shape[0 if tower._transposed[group.layer, group.roles[0]] else 1]
-            block_size(channels, config.chain.block_size, group.components[0])
+            block_size(channels_of(tower, group), config.chain.block_size, group.components[0])
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and asked.window_tokens > longest:
         raise ConfigError(f"--window-tokens {asked.window_tokens} is more than the {longest} that the model reads.", "Use shorter windows.")

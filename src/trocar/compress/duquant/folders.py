@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from trocar.anatomy import Anatomy, Tower
+from trocar.anatomy.experts import DOWN, GATE_UP
 from trocar.compress.duquant.checkpoint import ABOUT, FORMAT, REST, empty_like
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import MEMBERS, groups, put
@@ -21,7 +22,7 @@ from trocar.core.errors import DataError, ExportError, MissingExtraError, RunErr
 from trocar.core.files import read_json
 from trocar.core.workspace import Workspace
 from trocar.patch.checkpoint import copy_others, entries, new_folder, skeleton
-from trocar.patch.quantised import QuantisedLinear
+from trocar.patch.quantised import QuantisedExperts, QuantisedLinear
 
 USE = "Use the method folded (no rotations; every reader of compressed-tensors), or export with transforms (one rotation; vLLM only)."
 
@@ -126,7 +127,8 @@ class _Counted:
         inside = sum(size for name, size in sizes.items() if name.startswith(numbered))
         self.layers += inside
         self.elsewhere += sum(sizes.values()) - inside
-        self.weights += sum(op["inputs"] * layer["outputs"] for op in ops for layer in op["layers"])
+        self.weights += sum(op["inputs"] * layer["outputs"] for op in ops for layer in op.get("layers", ()))
+        self.weights += sum(3 * len(op["which"]) * op["inputs"] * op["hidden"] for op in ops if "which" in op)  # gate, up and down of experts
 
 
 def component_names(tower: Tower) -> dict[str, str]:
@@ -194,6 +196,12 @@ def export_float(model: Any, target: str | os.PathLike[str], tokenizer_from: str
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         put(model, path, plain)
+    for path, experts in [(path, module) for path, module in model.named_modules() if isinstance(module, QuantisedExperts)]:
+        whole: Any = bare.get_submodule(path)
+        for part, name in enumerate((GATE_UP, DOWN)):
+            stack = torch.stack([experts.effective(expert, part).to(dtype) for expert in range(experts.count)])
+            setattr(whole, name, nn.Parameter(stack, requires_grad=False))
+        put(model, path, whole)
     with new_folder(target) as folder:
         if tokenizer_from is not None:
             copy_others(Path(tokenizer_from), folder)

@@ -264,6 +264,16 @@ def quantisers(group: Group, channels: int, config: DuQuantConfig) -> tuple[Quan
     return activations, weights
 
 
+def channels_of(tower: Tower, group: Group) -> int:
+    """How many channels the group's input has."""
+    if group.of_experts:
+        experts = tower.experts(group.layer)
+        assert experts is not None
+        return experts.hidden if group.name == "experts_hidden" else experts.width
+    weight: Any = tower.module(group.layer, group.roles[0]).weight
+    return weight.shape[0 if tower._transposed[group.layer, group.roles[0]] else 1]
+
+
 def chain_of(group: Group, config: DuQuantConfig) -> Chain | None:
     """The group's chain: a foldable one permutes in front of down maps only."""
     chain = config.chain
