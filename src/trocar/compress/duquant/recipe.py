@@ -19,8 +19,7 @@ from trocar.evaluate import Measurement, perplexity, perplexity_measurement
 from trocar.method import Estimate, Figure, Job, Method, Outcome, Transcript
 from trocar.patch import Patch
 from trocar.patch.ops.quantise import Quantise
-from trocar.patch.quantised import memory
-from trocar.patch.quantised.linear import MODES
+from trocar.patch.quantised import MODES, memory
 from trocar.trace.queries import continuations, encode
 
 

@@ -4,7 +4,7 @@ from trocar.patch.quantised.execution import execute, memory
 from trocar.patch.quantised.experts import Matrices, QuantisedExperts, float_experts
 from trocar.patch.quantised.hadamard import hadamard, largest_hadamard
 from trocar.patch.quantised.heads import RoundedHeads
-from trocar.patch.quantised.linear import GroupInput, QuantisedLinear
+from trocar.patch.quantised.linear import MODES, GroupInput, QuantisedLinear
 from trocar.patch.quantised.numbers import (
     Quantiser,
     codes,
@@ -20,6 +20,7 @@ from trocar.patch.quantised.numbers import (
 from trocar.patch.quantised.transform import Transform
 
 __all__ = [
+    "MODES",
     "GroupInput",
     "Matrices",
     "QuantisedExperts",
