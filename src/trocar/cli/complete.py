@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # the names of trocar.compress.duquant.PRESETS, which cannot be imported without torch; a test compares them
 QUANTISERS = (
-    "duquant-gptq", "duquant", "duquant-clip", "duquant-gptaq", "duquant-lwc", "folded", "export", "rtn", "gptq", "smoothquant",
+    "duquant-gptaq", "duquant-gptq", "duquant", "duquant-clip", "duquant-lwc", "folded", "export", "rtn", "gptq", "smoothquant",
     "quarot", "quarot-gptq", "hadamard", "random", "smooth", "smooth-random", "smooth-hadamard", "rotation", "smooth-rotation",
     "no-permutation", "random-permutation", "no-smoothing", "two-permutations", "permute-first", "per-block", "hadamard-zigzag",
 )  # fmt: skip

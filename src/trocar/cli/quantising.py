@@ -51,7 +51,8 @@ class Request:
 
     @property
     def chosen(self) -> str:
-        return self.method or ("duquant-gptq" if self.form != "compressed-tensors" else "export" if self.transforms else "folded")
+        own = {"trocar": "duquant-gptaq", "float": "duquant-gptq", "compressed-tensors": "export" if self.transforms else "folded"}
+        return self.method or own[self.form]
 
 
 def quantise_model(asked: Request, as_json: bool) -> None:

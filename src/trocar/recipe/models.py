@@ -127,7 +127,7 @@ def refuse_speechless(model: Any, source: str) -> None:
         sizes = [getattr(getattr(part, "weight", None), "shape", (0,))[0] for part in (tower.head, tower.embedding)]
         return tower.modality == "text" and tower.causal and sizes[0] == sizes[1] > 0
 
-    if not any(map(speaks, Anatomy.of(model).towers.values())):
+    if not any(map(speaks, Anatomy.of(model, experts=True).towers.values())):
         raise UnsupportedModelError(
             f"{source} is a {type(model).__name__}, which predicts no next token; this method edits language models.",
             "Name a checkpoint of a causal language model.",

@@ -101,7 +101,7 @@ def check_settings(tower: Tower, config: DuQuantConfig) -> None:
     if config.weights.rounding == "gptaq":
         raise ConfigError(
             "gptaq compares rows of the float and of the quantised model, but an expert is not sent the same tokens in both.",
-            "Use rounding: gptq.",
+            "Use rounding: gptq (the method duquant-gptq).",
         )
     if config.weights.clip == "learned":
         raise ConfigError("Learned clips are not made for mixtures of experts.", "Use clip: search.")

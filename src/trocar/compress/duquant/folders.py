@@ -128,7 +128,9 @@ class _Counted:
         self.layers += inside
         self.elsewhere += sum(sizes.values()) - inside
         self.weights += sum(op["inputs"] * layer["outputs"] for op in ops for layer in op.get("layers", ()))
-        self.weights += sum(3 * len(op["which"]) * op["inputs"] * op["hidden"] for op in ops if "which" in op)  # gate, up and down of experts
+        self.weights += sum(
+            3 * len(op["which"]) * op["inputs"] * op["hidden"] for op in ops if "which" in op
+        )  # gate, up and down of experts
 
 
 def component_names(tower: Tower) -> dict[str, str]:

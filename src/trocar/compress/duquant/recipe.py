@@ -190,7 +190,7 @@ def estimate(job: Job) -> Estimate:
         start = time.perf_counter()
         anatomy.model(**inputs, use_cache=False)
     token = (time.perf_counter() - start) / inputs["input_ids"].shape[1]
-    passes = 6 + (3 if config.weights.rounding == "gptq" else 0)
+    passes = 6 + {"nearest": 0, "gptq": 3, "gptaq": 9}[config.weights.rounding]
     if config.weights.clip == "learned":
         passes += 3 * config.learning.epochs
     seconds = token * config.window_tokens * (config.windows * passes + 2 * config.test_windows)
@@ -198,7 +198,7 @@ def estimate(job: Job) -> Estimate:
     rows = min(config.rows, config.windows * config.window_tokens)
     block = sum(parameter.numel() for parameter in tower.blocks[0].parameters())
     peak = 4 * (3 * rows * largest + 4 * config.windows * config.window_tokens * tower.width + 4 * block)
-    peak += 4 * largest**2 * 3 if config.weights.rounding == "gptq" else 0
+    peak += 4 * largest**2 * {"nearest": 0, "gptq": 3, "gptaq": 8}[config.weights.rounding]
     return Estimate(
         int(peak), float(seconds * 1.5), f"{token * 1e3:.3g} ms a token on this machine; {passes} passes over the calibration text"
     )
@@ -218,9 +218,9 @@ data:
 
 method:
   name: duquant
-  weights: {bits: 4, clip: search, rounding: gptq}   # rounding: nearest is the published form
-  activations: {bits: 4}        # 16 leaves them alone, 8 costs far less quality than 4
-  smoothing: {alpha: 0.6}       # paper
+  weights: {bits: 4, clip: search, rounding: gptaq}   # rounding: nearest is the published form
+  activations: {bits: 4, clip: search}   # 16 leaves them alone, 8 costs far less quality than 4
+  smoothing: {alpha: 0.5, measure: rms}  # paper: {alpha: 0.6}
   chain: {steps: [rotate, permute, rotate], search_steps: 16}
   keep: {}                      # layers with bits of their own, such as L1.mlp.down: 8
   windows: 16                   # of calibration text
