@@ -141,7 +141,7 @@ def quantise(
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(complete.QUANTISERS)}. [dim]default: duquant-gptaq; duquant-gptq for float, folded or export for compressed-tensors[/dim]",
+            help=f"{', '.join(complete.QUANTISERS)}. [dim]default: duquant-gptaq; of other forms duquant-gptq, folded or export[/dim]",
             autocompletion=complete.quantisers,
             show_default=False,
         ),
