@@ -25,7 +25,7 @@ from trocar.compress.duquant.experts import FEWEST, counts, hidden_sizes, routes
 from trocar.compress.duquant.rounding import best_clip, nearest
 from trocar.compress.duquant.streams import enter
 from trocar.core.errors import ConfigError, DataError, ExportError, UnsupportedModelError
-from trocar.patch.quantised import QuantisedExperts, execute, float_experts
+from trocar.patch.quantised import QuantisedExperts, execute, float_experts, memory
 
 SMALL = Chain(block_size=8, search_steps=4)
 FLOAT = DuQuantConfig(weights=Weights(bits=16), activations=Activations(bits=16), chain=SMALL)
@@ -47,7 +47,7 @@ def out(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def error(now: torch.Tensor, was: torch.Tensor) -> float:
-    return float((now.double() - was.double()).norm() / was.double().norm())
+    return float(((now.double() - was.double()).norm() / was.double().norm()).detach())
 
 
 def lonely(top: int = 1) -> Any:
@@ -243,11 +243,15 @@ def test_integer_products_give_the_same_numbers_and_a_cache_too() -> None:
     quantise(model, inputs_of(model), DuQuantConfig(activations=Activations(bits=8), chain=SMALL))
     simulated = out(model, inputs)
     assert execute(model, "integer") == {"integer": 2 * (4 + 3 + 1)}
-    each = (out(model, inputs) - simulated).norm(dim=-1) / simulated.norm(dim=-1)
+    simulated_in_integers = out(model, inputs)
+    each = (simulated_in_integers - simulated).norm(dim=-1) / simulated.norm(dim=-1)
     assert float(each.median()) < 1e-5
-    assert execute(model, "auto") == {"integer": 16}
+    assert execute(model, "auto", keep=False) == {"integer": 16}
+    assert torch.equal(out(model, inputs), simulated_in_integers)
+    found = memory(model)
+    assert found["float"] > found["integer"] > found["stored"]
     execute(model, "simulated")
-    with pytest.raises(ConfigError, match="experts have no products of the kind packed"):
+    with pytest.raises(ConfigError, match="experts have no packed products"):
         execute(next(module for module in model.modules() if isinstance(module, QuantisedExperts)), "packed")
     with torch.no_grad():
         first = model(input_ids=inputs["input_ids"][:, :9], use_cache=True)
@@ -286,8 +290,16 @@ def test_every_experts_hidden_input_has_its_own_scale() -> None:
     experts, scale = done.experts["model.layers.0.mlp.experts"], norm / model.model.layers[0].post_attention_layernorm.weight
     rows = experts.gate_up.get_buffer("values")[:, 48:] / scale
     divided = (original.gate_up_proj[:, 48:] / rows).median(dim=2).values
-    assert float(divided[1, 5]) > 5 * float(divided[0, 5])
+    assert bool(divided[1, 5] > 5 * divided[0, 5])
     torch.testing.assert_close(experts.down.get_buffer("values") / divided[:, None], original.down_proj.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_smoothing_by_root_mean_squares() -> None:
+    model = tiny("qwen2_moe")
+    inputs = inputs_of(model)
+    before = out(model, inputs)
+    quantise(model, inputs, FLOAT.model_copy(update={"smoothing": Smoothing(measure="rms", alpha=0.5)}))
+    assert error(out(model, inputs), before) < 1e-5
 
 
 def test_groups_of_a_block_with_experts() -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from trocar.anatomy import TINY_EXPERTS, Anatomy, fingerprint, tiny_inputs, tiny_model
 from trocar.compress.duquant import Activations, Chain, DuQuantConfig, Weights, checkpoint, load_quantised, quantise, quantise_checkpoint
+from trocar.compress.duquant.folders import export_float, look
 from trocar.core.errors import DataError, ExportError, PatchBaseError, PatchFormatError, PatchStateError, TrocarError, UnsupportedModelError
 from trocar.patch import Patch, QuantiseExperts, SparseReplace, export, merge_into, read_header, stack
 from trocar.patch.stacked import expert_keys
@@ -170,7 +171,26 @@ def test_a_checkpoint_shard_by_shard_gives_what_memory_gives(name: str, tmp_path
     errors = quantise_checkpoint(tmp_path / "base", tmp_path / "small", inputs, SETTINGS["W4A4"], seed=3)
     done = quantise(model, inputs, SETTINGS["W4A4"], seed=3)
     assert errors == done.errors
-    assert torch.equal(logits(load_quantised(tmp_path / "small"), inputs), logits(model, inputs))
+    loaded = load_quantised(tmp_path / "small")
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    told = look(tmp_path / "small")
+    assert told.names["model.layers.1.mlp.experts"] == "L1.mlp.experts"
+    done.revert()
+    counts = {path: sum(part.numel() for part in model.get_submodule(path).parameters()) for path in told.names}
+    biases = sum(part.numel() for key, part in model.named_parameters() if key.endswith("_proj.bias"))
+    assert told.weights == sum(counts.values()) - biases
+
+
+def test_a_loaded_mixture_as_a_plain_checkpoint(tmp_path: Path) -> None:
+    model = tiny()
+    inputs = inputs_of(model)
+    model.save_pretrained(tmp_path / "base")
+    settings = DuQuantConfig(activations=Activations(bits=16), chain=SMALL)
+    quantise_checkpoint(tmp_path / "base", tmp_path / "small", inputs, settings)
+    loaded = load_quantised(tmp_path / "small")
+    before = logits(loaded, inputs)
+    export_float(loaded, tmp_path / "float")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), inputs), before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_checkpoint_tells_of_rare_experts_and_damage_is_found(tmp_path: Path) -> None:

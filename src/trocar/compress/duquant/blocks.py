@@ -12,7 +12,7 @@ from torch import nn
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.compress.duquant import streams
-from trocar.compress.duquant.chains import activation_sizes, build_chain, sizes_of, smoothing_scale
+from trocar.compress.duquant.chains import build_chain, of_one_length, sizes_of, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.experts import Route, output_error, quantise_experts, routes, sent_as, smooth_experts
 from trocar.compress.duquant.groups import (
@@ -36,7 +36,7 @@ from trocar.core.errors import DataError, UnsupportedModelError
 from trocar.core.seeds import generator
 from trocar.patch.quantised import GroupInput, QuantisedExperts, QuantisedLinear, Transform
 
-FOLD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # of a block's output; half precision: 3e-2
+FOLD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # of a block's output, a router's weights; half precision: 3e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,8 @@ def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequen
         if not rows.isfinite().all():
             where = f"{tower.path(layer, 'block')}, input of {name}"
             raise DataError(f"{where}: {int((~rows.isfinite()).sum())} entries are not finite.", "Calibrate in bfloat16 or float32.")
-        parts[name].append(activation_sizes(rows, measure))
+        wide = rows.float()
+        parts[name].append(sizes_of(of_one_length(wide) if measure == "rms" else wide, measure))
 
     relu = _Relu()
     asked = any(group.name == "mlp_hidden" and not group.source for group in found)

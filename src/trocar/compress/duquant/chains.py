@@ -85,7 +85,6 @@ def sizes_of(rows: torch.Tensor, measure: str) -> torch.Tensor:
     return rows.abs().amax(0) if measure == "peak" else rows.square().mean(0).sqrt()
 
 
-def activation_sizes(rows: torch.Tensor, measure: str) -> torch.Tensor:
-    """The same of activations; in root mean squares every token counts alike, however long, since it is rounded on a grid of its own."""
-    wide = rows.float()
-    return sizes_of(wide if measure == "peak" else wide / wide.norm(dim=1, keepdim=True).clamp(min=1e-30), measure)
+def of_one_length(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (n, C) scaled to length 1: each token is rounded on a grid of its own, so all count alike, however long."""
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)

@@ -19,7 +19,7 @@ from torch import nn
 from trocar.anatomy import Tower
 from trocar.anatomy.experts import BESIDE
 from trocar.compress.duquant import streams
-from trocar.compress.duquant.chains import activation_sizes, build_chain, sizes_of, smoothing_scale
+from trocar.compress.duquant.chains import build_chain, of_one_length, sizes_of, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import Group, Staged, chain_of, fold, is_float, multiply, quantisers
 from trocar.compress.duquant.moments import CLIP_ROWS, activation_clip, rounded, row_weights
@@ -124,8 +124,8 @@ def told(tokens: Mapping[str, Sequence[int]]) -> str:
 def smooth_experts(staged: Staged, found: Sequence[Group], sizes: torch.Tensor, sent: Sequence[Route], config: DuQuantConfig) -> None:
     """Fold scales into the norm before the experts, for all that read it, and into each expert's rows of up.
 
-    sizes: (C,) of the channels of the experts' input; sent: what the router of the float model sends them. The scale of the norm is
-    rounded to powers of two: then norm and router compute the same bits as before, in half precision too, and no token is sent elsewhere.
+    sizes: (C,) of the channels of the experts' input; sent: what the router of the float model sends them. The scale of the norm is rounded
+    to powers of two: then norm and router compute the same bits as before, in half precision too, and no token is sent elsewhere.
     """
     experts = staged.experts
     assert config.smoothing is not None and experts is not None  # noqa: PT018 - for the type checker
@@ -134,12 +134,17 @@ def smooth_experts(staged: Staged, found: Sequence[Group], sizes: torch.Tensor, 
     named = {group.name: group for group in found}
     into = [named[name] for name in ("shared_in", "experts_in") if name in named]
     roles = [role for group in into if not group.of_experts for role in group.roles]
-    measure = config.smoothing.measure
-    columns = [staged.layers[role].get_buffer("values") for role in (roles[:1] if first else roles)]
-    weight = sizes_of(torch.cat([(gate_up[:, half:] if first else gate_up).flatten(0, 1), *columns]), measure)
+    size = Sizes(config.smoothing.measure)
+    for rows in (
+        gate_up[:, half:] if first else gate_up,
+        *(staged.layers[role].get_buffer("values") for role in (roles[:1] if first else roles)),
+    ):
+        for part in rows if rows.ndim == 3 else (rows,):
+            size.add(part)
+    weight = size.result()
     if not is_float(named["experts_hidden"], config):
-        for expert, size in hidden_sizes(experts, sent, measure).items():
-            scale = smoothing_scale(size.to(down), sizes_of(down[expert], measure), config.smoothing.alpha)
+        for expert, found_size in hidden_sizes(experts, sent, config.smoothing.measure).items():
+            scale = smoothing_scale(found_size.to(down), sizes_of(down[expert], config.smoothing.measure), config.smoothing.alpha)
             gate_up[expert, half:] /= scale[:, None]
             down[expert] *= scale
     experts.forget()
@@ -163,17 +168,34 @@ def smooth_experts(staged: Staged, found: Sequence[Group], sizes: torch.Tensor, 
 
 
 def hidden_sizes(experts: QuantisedExperts, sent: Sequence[Route], measure: str) -> dict[int, torch.Tensor]:
-    """Sizes (F,) of what enters the down map of each expert that was sent enough tokens. Channels of different experts have nothing to do
-    with each other, so the others get no scale rather than one from elsewhere."""
-    enough = {expert for expert, count in enumerate(counts(sent, experts.count)) if count >= FEWEST}
-    parts: dict[int, list[torch.Tensor]] = {}
+    """Sizes (F,) of the channels that enter the down map of each expert that was sent enough tokens. Channels of different experts have
+    nothing to do with each other, so the others get no scale rather than one from elsewhere."""
+    sizes = {expert: Sizes(measure) for expert, count in enumerate(counts(sent, experts.count)) if count >= FEWEST}
     for route in sent:
         for visit in experts.visits(route.x, route.chosen):
             if not visit.hidden.isfinite().all():
                 raise DataError(f"The input of the down map of expert {visit.expert} is not finite.", "Calibrate in bfloat16 or float32.")
-            if visit.expert in enough:
-                parts.setdefault(visit.expert, []).append(activation_sizes(visit.hidden, measure))
-    return {expert: sizes_of(torch.stack(found), measure) for expert, found in parts.items()}
+            if visit.expert in sizes:
+                sizes[visit.expert].add(of_one_length(visit.hidden.float()) if measure == "rms" else visit.hidden.float())
+    return {expert: size.result() for expert, size in sizes.items()}
+
+
+class Sizes:
+    """`sizes_of` over the rows of several parts, without putting them together."""
+
+    def __init__(self, measure: str) -> None:
+        self.measure, self.rows = measure, 0
+        self.value: torch.Tensor | None = None
+
+    def add(self, rows: torch.Tensor) -> None:
+        now = rows.abs().amax(0) if self.measure == "peak" else rows.square().sum(0)
+        if self.value is not None:
+            now = torch.maximum(self.value, now) if self.measure == "peak" else self.value + now
+        self.value, self.rows = now, self.rows + len(rows)
+
+    def result(self) -> torch.Tensor:
+        assert self.value is not None
+        return self.value if self.measure == "peak" else (self.value / self.rows).sqrt()
 
 
 def quantise_experts(staged: Staged, found: Sequence[Group], current: Sequence[Batch], config: DuQuantConfig, seed: int) -> list[int]:

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch import nn
 
 from trocar.anatomy import Anatomy, Tower
-from trocar.anatomy.experts import DOWN, GATE_UP
 from trocar.compress.duquant.checkpoint import ABOUT, FORMAT, REST, empty_like
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import MEMBERS, groups, put
@@ -22,6 +21,7 @@ from trocar.core.errors import DataError, ExportError, MissingExtraError, RunErr
 from trocar.core.files import read_json
 from trocar.core.workspace import Workspace
 from trocar.patch.checkpoint import copy_others, entries, new_folder, skeleton
+from trocar.patch.ops.experts import WEIGHTS
 from trocar.patch.quantised import QuantisedExperts, QuantisedLinear
 
 USE = "Use the method folded (no rotations; every reader of compressed-tensors), or export with transforms (one rotation; vLLM only)."
@@ -127,17 +127,20 @@ class _Counted:
         inside = sum(size for name, size in sizes.items() if name.startswith(numbered))
         self.layers += inside
         self.elsewhere += sum(sizes.values()) - inside
-        self.weights += sum(op["inputs"] * layer["outputs"] for op in ops for layer in op.get("layers", ()))
-        self.weights += sum(
-            3 * len(op["which"]) * op["inputs"] * op["hidden"] for op in ops if "which" in op
-        )  # gate, up and down of experts
+        for op in ops:  # of a mixture of experts: gate, up and down of each
+            outputs = 3 * op["hidden"] * len(op["which"]) if "which" in op else sum(layer["outputs"] for layer in op["layers"])
+            self.weights += op["inputs"] * outputs
 
 
 def component_names(tower: Tower) -> dict[str, str]:
-    """Path of every linear layer of the blocks -> its component (`L5.mlp.down`); of a fused one the first of its parts."""
+    """Path of every linear layer of the blocks -> its component (`L5.mlp.down`); of a fused one the first of its parts, of a mixture of
+    experts `L5.mlp.experts`."""
     found = {}
     for layer in range(tower.n_layers):
         for group in groups(tower, layer):
+            if group.of_experts:
+                found[tower.path(layer, group.roles[0])] = group.components[0].rpartition(".")[0]
+                continue
             names = iter(group.components)
             for role in group.roles:
                 parts = [next(names) for _ in MEMBERS.get(role, (role,))]
@@ -148,7 +151,7 @@ def component_names(tower: Tower) -> dict[str, str]:
 def check_compressed(model: Any, config: DuQuantConfig, transforms: bool) -> None:
     """Raise ExportError if what these settings would make of `model` is nothing that `export_compressed` can write. Needs no values: for
     use before the work."""
-    tower = Anatomy.of(model, experts=True).tower()
+    tower = Anatomy.of(model).tower()
     if config.attention is not None:
         raise ExportError("compressed-tensors cannot say that queries, keys and values are rounded.", "Set attention to null.")
     wide = [bits for bits in (config.weights.bits, *config.keep.values()) if bits > 8]
@@ -185,25 +188,26 @@ def export_float(model: Any, target: str | os.PathLike[str], tokenizer_from: str
     """
     if any("_rounded_heads" in module.__dict__ for module in model.modules()):
         raise ExportError("A plain checkpoint cannot say that queries, keys and values are rounded.", "Set attention to null.")
-    bare = empty_like(model)
+    bare: Any = empty_like(model)
     dtype = next(model.parameters()).dtype
     layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+    mixtures = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedExperts)}
     if not layers:
         raise ExportError("The model has no quantised layers.", "Use save_pretrained.")
+    for path, experts in mixtures.items():
+        plain = bare.get_submodule(path)
+        for number, name in enumerate(WEIGHTS):
+            stack = torch.stack([experts.effective(expert, number).to(dtype) for expert in range(experts.count)])
+            setattr(plain, name, nn.Parameter(stack, requires_grad=False))
+        put(model, path, plain)
     for path, layer in layers.items():
-        plain: Any = bare.get_submodule(path)
+        plain = bare.get_submodule(path)
         weight = layer.effective_weight().to(dtype)
         transposed = not isinstance(plain, nn.Linear)  # Conv1D stores (in, out)
         plain.weight = nn.Parameter((weight.T if transposed else weight).contiguous(), requires_grad=False)
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         put(model, path, plain)
-    for path, experts in [(path, module) for path, module in model.named_modules() if isinstance(module, QuantisedExperts)]:
-        whole: Any = bare.get_submodule(path)
-        for part, name in enumerate((GATE_UP, DOWN)):
-            stack = torch.stack([experts.effective(expert, part).to(dtype) for expert in range(experts.count)])
-            setattr(whole, name, nn.Parameter(stack, requires_grad=False))
-        put(model, path, whole)
     with new_folder(target) as folder:
         if tokenizer_from is not None:
             copy_others(Path(tokenizer_from), folder)

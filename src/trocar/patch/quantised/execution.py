@@ -11,6 +11,8 @@ from trocar.core.errors import ConfigError
 from trocar.patch.quantised.experts import QuantisedExperts
 from trocar.patch.quantised.linear import MODES, QuantisedLinear
 
+Layer = QuantisedLinear | QuantisedExperts
+
 
 def execute(model: nn.Module, mode: str = "auto", otherwise: str | None = None, keep: bool = True) -> dict[str, int]:
     """Choose how the quantised layers of a model compute; returns how many run in each mode.
@@ -28,7 +30,7 @@ def execute(model: nn.Module, mode: str = "auto", otherwise: str | None = None, 
     for one in (mode, otherwise or "auto"):
         if one not in (*MODES, "auto"):
             raise ConfigError(f"There is no mode '{one}'.", f"Use {', '.join(MODES)} or auto.")
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear | QuantisedExperts)}
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
     half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     chosen = {path: _chosen(path, layer, mode, otherwise, half) for path, layer in layers.items()}
     for path, layer in layers.items():
@@ -38,7 +40,7 @@ def execute(model: nn.Module, mode: str = "auto", otherwise: str | None = None, 
     return {one: found.count(one) for one in MODES if one in found}
 
 
-def _chosen(path: str, layer: QuantisedLinear | QuantisedExperts, mode: str, otherwise: str | None, half: bool) -> str:
+def _chosen(path: str, layer: Layer, mode: str, otherwise: str | None, half: bool) -> str:
     if mode != "auto":
         reason = layer.can(mode)
         if not reason:
@@ -48,20 +50,18 @@ def _chosen(path: str, layer: QuantisedLinear | QuantisedExperts, mode: str, oth
         return _chosen(path, layer, otherwise, None, half)
     if not layer.can("integer"):
         return "integer"
-    front = layer.shared if isinstance(layer, QuantisedLinear) else layer.input
-    local = front.quantiser.is_float and next(layer.buffers()).device.type == "cpu"
+    local = layer.shared.quantiser.is_float and next(layer.buffers()).device.type == "cpu"
     return "packed" if half and local and not layer.can("packed") else "simulated"
 
 
-def memory(layers: nn.Module | Iterable[QuantisedLinear], dtype: torch.dtype = torch.float32) -> dict[str, int]:
+def memory(layers: nn.Module | Iterable[Layer], dtype: torch.dtype = torch.float32) -> dict[str, int]:
     """Bytes of the quantised layers of a model (or of these): `float`, the layers they stand for in `dtype`; `stored`: codes, grids,
-    biases, transforms; and for every mode that all of them can run in, what it keeps beside that once they have run. Mixtures of experts
-    are not counted."""
+    biases, transforms; and for every mode that all of them can run in, what it keeps beside that once they have run."""
     found = layers.modules() if isinstance(layers, nn.Module) else layers
-    chosen = [one for one in found if isinstance(one, QuantisedLinear)]
+    chosen = [one for one in found if isinstance(one, Layer)]
     tensors = {id(part): part for layer in chosen for module in (layer, layer.shared) for part in module.buffers()}
     sizes = {
-        "float": dtype.itemsize * sum((layer.in_features + (layer.bias is not None)) * layer.out_features for layer in chosen),
+        "float": dtype.itemsize * sum(layer.float_entries for layer in chosen),
         "stored": sum(part.nbytes for part in tensors.values()),
     }
     modes = [mode for mode in MODES if not any(layer.can(mode) for layer in chosen)]

@@ -52,6 +52,10 @@ class Matrices(FullPrecision):
         code, step, zero = (torch.stack(part) for part in zip(*parts, strict=True))
         return cls(quantiser, (code, step, zero), columns)
 
+    @property
+    def entries(self) -> int:
+        return self.count * self.out_features * self.in_features
+
     def code(self, expert: int) -> torch.Tensor:
         """Codes of one expert's weight, (O, C)."""
         stored = self.get_buffer("codes")[expert]
@@ -85,8 +89,7 @@ class QuantisedExperts(FullPrecision):
 
     shared: transform and rounding of x, done once for all experts; hidden: those in front of the down maps, of which expert e takes number
     which[e]; gate_up: (E, 2 F, C); down: (E, C, F); activation: of the gate. mode: `simulated` (float products of rounded values) or
-    `integer`, set by `execute`; what a mode needs of an expert is made when the expert is first asked and, if `keep`, kept beside the
-    codes.
+    `integer`, set by `execute`; what a mode needs of an expert is made when the expert is first asked and kept beside the codes.
     """
 
     def __init__(
@@ -94,8 +97,14 @@ class QuantisedExperts(FullPrecision):
     ) -> None:
         super().__init__()
         self.input, self.hidden, self.which = shared, nn.ModuleList(hidden), tuple(which)
-        self.gate_up, self.down, self.act_fn, self.mode, self.keep = gate_up, down, activation, "simulated", True
+        self.gate_up, self.down, self.act_fn = gate_up, down, activation
+        self.mode, self.keep = "simulated", True
         self._ready: tuple[Any, dict[Any, Any]] = (None, {})
+
+    @property
+    def shared(self) -> GroupInput:
+        """The input of all experts, under the name that it has in a QuantisedLinear."""
+        return self.input
 
     @property
     def count(self) -> int:
@@ -124,7 +133,10 @@ class QuantisedExperts(FullPrecision):
     def visit(self, expert: int, front: torch.Tensor | IntegerRows, chosen: torch.Tensor, like: torch.Tensor) -> Visit:
         """One expert's work. front: all rows as `prepared(self.input, x)` gave them; like: of the dtype to compute in."""
         tokens, slots = torch.where(chosen == expert)
-        rows = front.some(tokens) if isinstance(front, IntegerRows) else front[tokens]
+        if isinstance(front, IntegerRows):
+            rows: Any = IntegerRows(front.values[tokens], front.step[tokens], None if front.zero is None else front.zero[tokens])
+        else:
+            rows = front[tokens]
         gate, up = self._times(self.gate_up, expert, rows, like).chunk(2, dim=-1)
         return Visit(expert, tokens, slots, self.act_fn(gate) * up)
 
@@ -137,12 +149,12 @@ class QuantisedExperts(FullPrecision):
         key = (self.mode, like.dtype, like.device)
         if self._ready[0] != key:
             self._ready = (key, {})
-        made, place = self._ready[1], (matrices is self.down, expert)
-        weight: Any = made.get(place)
+        weight: Any = self._ready[1].get((matrices is self.down, expert))
         if weight is None:
-            weight = matrices.integers(expert) if self.mode == "integer" else matrices.rounded(expert).to(like)
+            with torch.inference_mode(False):  # what is kept must serve outside of it too
+                weight = matrices.integers(expert) if self.mode == "integer" else matrices.rounded(expert).to(like)
             if self.keep:
-                made[place] = weight
+                self._ready[1][matrices is self.down, expert] = weight
         if isinstance(rows, IntegerRows):
             return integer_linear(rows, weight).to(like.dtype)
         return functional.linear(rows, weight)
@@ -155,15 +167,29 @@ class QuantisedExperts(FullPrecision):
 
     def can(self, mode: str) -> str:
         """Why these experts cannot run in `mode`; empty if they can."""
-        if mode in ("packed", "float8"):
-            return f"experts have no products of the kind {mode}"
+        if mode not in ("simulated", "integer"):
+            return f"experts have no {mode} products"
         if mode == "integer":
             pairs = [(self.gate_up, self.input), (self.down, self.in_front_of(0))]
             if any(matrices.quantiser.bits > 8 or front.quantiser.bits > 8 for matrices, front in pairs):
                 return "integer products need at most 8 bits on both sides"
-            if any(matrices.quantiser.group not in (None, matrices.in_features) for matrices, _ in pairs):
+            if any(one.quantiser.group not in (None, matrices.in_features) for matrices, front in pairs for one in (matrices, front)):
                 return "integer products need one grid a row"
         return ""
+
+    @property
+    def float_entries(self) -> int:
+        """Entries of the float experts that they stand for."""
+        return self.gate_up.entries + self.down.entries
+
+    def bytes_kept(self, mode: str, dtype: torch.dtype = torch.float32) -> int:
+        """What `mode` keeps beside the codes for inputs of `dtype`, once every expert was asked."""
+        pairs = (self.gate_up, self.down)
+        if mode == "integer":
+            rows = [matrices.count * matrices.out_features * 4 * (2 if matrices.quantiser.centred else 3) for matrices in pairs]
+            return self.float_entries + sum(rows)
+        there = [matrices.quantiser.is_float and matrices.get_buffer("values").dtype == dtype for matrices in pairs]
+        return sum(matrices.entries * dtype.itemsize for matrices, known in zip(pairs, there, strict=True) if not known)
 
     def forget(self) -> None:
         """To be called when a stored weight or the mode was changed."""

@@ -236,6 +236,11 @@ class QuantisedLinear(FullPrecision):
             return "" if device.type in ("cpu", "cuda") else "float8 products run on CUDA (and, slowly, on the CPU)"
         return ""
 
+    @property
+    def float_entries(self) -> int:
+        """Entries of the float layer that it stands for."""
+        return (self.in_features + (self.bias is not None)) * self.out_features
+
     def bytes_kept(self, mode: str, dtype: torch.dtype = torch.float32) -> int:
         """What `mode` keeps beside the codes for inputs of `dtype`."""
         weights, rows = self.out_features * self.in_features, self.out_features

@@ -170,10 +170,6 @@ class IntegerRows(NamedTuple):
     zero: torch.Tensor | None
     sums: torch.Tensor | None = None
 
-    def some(self, rows: torch.Tensor) -> IntegerRows:
-        """These rows of activations, which have no sums."""
-        return IntegerRows(self.values[rows], self.step[rows], None if self.zero is None else self.zero[rows])
-
 
 def integer_rows(x: torch.Tensor, quantiser: Quantiser) -> IntegerRows:
     """Activations (rows, C), rounded to their grids."""
