@@ -118,10 +118,9 @@ def _prompts(job: Job) -> list[str]:
 
 
 def _transcript(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Transcript:
-    """What float and quantised model answer; nothing is right or wrong here, so nothing is marked."""
-    blank = [""] * len(prompts)
+    """What float and quantised model answer; nothing is known to be right or wrong here."""
     caption = "Greedy continuations of the float model and of the quantised one."
-    return Transcript("continuations", "Continuations before and after", prompts, before, after, blank, blank, blank, caption)
+    return Transcript("continuations", "Continuations before and after", prompts, before, after, [""] * len(prompts), caption=caption)
 
 
 def _places(done: QuantisedModel) -> dict[str, tuple[int, str]]:
