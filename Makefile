@@ -10,7 +10,7 @@ WORKERS ?= 2
 VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
-BENCHMARKS := where_to_edit edit_speed trace_overhead head_effects creme creme_speed creme_real mt_editing copra copra_speed shapley merge_memory fuzz_patch kill_resume
+BENCHMARKS := where_to_edit edit_speed trace_overhead head_effects creme creme_speed creme_real mt_editing copra copra_speed shapley merge_memory duquant duquant_lab duquant_speed fuzz_patch kill_resume
 QUICK := build/benchmarks
 # tests: no network, and one thread per worker, since two workers share the machine
 TESTING := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TROCAR_PROGRESS=0

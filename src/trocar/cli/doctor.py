@@ -16,7 +16,7 @@ CORE = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets"
 # extra -> packages that it installs, by distribution and import name
 EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "align": (("trl", "trl"),),
-    "quant": (("torchao", "torchao"), ("compressed-tensors", "compressed_tensors")),
+    "quant": (("compressed-tensors", "compressed_tensors"),),
     "mt": (("sacrebleu", "sacrebleu"), ("py3langid", "py3langid")),
     "gguf": (("gguf", "gguf"), ("sentencepiece", "sentencepiece")),
     "bench": (("nnsight", "nnsight"), ("transformer-lens", "transformer_lens"), ("pyvene", "pyvene")),
