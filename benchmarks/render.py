@@ -24,7 +24,22 @@ did. Intervals are 95 %. A ratio is the peer's seconds over ours, measured in tu
 """
 
 
-FIRST = ("adapter", "method", "layer", "tokens", "measured", "merged by", "model", "task", "game", "three tasks by", "trained", "way", "estimator", "rate")
+FIRST = (
+    "adapter",
+    "method",
+    "layer",
+    "tokens",
+    "measured",
+    "merged by",
+    "model",
+    "task",
+    "game",
+    "three tasks by",
+    "trained",
+    "way",
+    "estimator",
+    "rate",
+)
 
 
 def render(results: Sequence[Mapping[str, Any]]) -> str:
