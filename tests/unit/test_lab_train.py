@@ -163,7 +163,7 @@ def test_groups_and_locality():
 
 
 def test_registry_names():
-    names = ["vit-cifar-rare", "vit-pacs-rare", "world", "world-shallow", "translator-base", "translator", "translator-looping"]
+    names = ["vit-cifar-rare", "vit-pacs-rare", "world", "world-shallow", "translator-base", "translator", "translator-looping", "outliers"]
     assert [row["name"] for row in lab.list()] == names
     with pytest.raises(ConfigError, match="Did you mean 'vit-cifar-rare'"):
         lab.show("vit-cifar-rar")
