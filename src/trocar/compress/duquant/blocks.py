@@ -12,7 +12,7 @@ from torch import nn
 
 from trocar.anatomy import Anatomy, Tower
 from trocar.compress.duquant import streams
-from trocar.compress.duquant.chains import build_chain, of_one_length, sizes_of, smoothing_scale
+from trocar.compress.duquant.chains import Sizes, build_chain, sizes_of, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.experts import Route, output_error, quantise_experts, routes, sent_as, smooth_experts
 from trocar.compress.duquant.groups import (
@@ -116,15 +116,14 @@ def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequen
     """One pass of the float block over its inputs."""
     measure = "peak" if config.smoothing is None else config.smoothing.measure
     seen = [group for group in found if group.name != "experts_hidden"]
-    parts: dict[str, list[torch.Tensor]] = {group.name: [] for group in seen}
+    sizes = {group.name: Sizes(measure) for group in seen}
     heads = {group.name: tower.module(layer, group.roles[0]) for group in seen}
 
     def see(name: str, rows: torch.Tensor) -> None:
         if not rows.isfinite().all():
             where = f"{tower.path(layer, 'block')}, input of {name}"
             raise DataError(f"{where}: {int((~rows.isfinite()).sum())} entries are not finite.", "Calibrate in bfloat16 or float32.")
-        wide = rows.float()
-        parts[name].append(sizes_of(of_one_length(wide) if measure == "rms" else wide, measure))
+        sizes[name].add_tokens(rows)
 
     relu = _Relu()
     asked = any(group.name == "mlp_hidden" and not group.source for group in found)
@@ -134,8 +133,7 @@ def statistics(tower: Tower, layer: int, found: Sequence[Group], batches: Sequen
     finally:
         for handle in handles:
             handle.remove()
-    sizes = {name: sizes_of(torch.stack(found), measure) for name, found in parts.items()}
-    return Statistics(sizes, [out for out in outputs if out is not None], relu.holds)
+    return Statistics({name: size.result() for name, size in sizes.items()}, [out for out in outputs if out is not None], relu.holds)
 
 
 class _Relu:

@@ -85,6 +85,24 @@ def sizes_of(rows: torch.Tensor, measure: str) -> torch.Tensor:
     return rows.abs().amax(0) if measure == "peak" else rows.square().mean(0).sqrt()
 
 
-def of_one_length(rows: torch.Tensor) -> torch.Tensor:
-    """Rows (n, C) scaled to length 1: each token is rounded on a grid of its own, so all count alike, however long."""
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+class Sizes:
+    """`sizes_of` over the rows of several parts, without putting them together."""
+
+    def __init__(self, measure: str) -> None:
+        self.measure, self.rows = measure, 0
+        self.value: torch.Tensor | None = None
+
+    def add(self, rows: torch.Tensor) -> None:
+        now = rows.abs().amax(0) if self.measure == "peak" else rows.square().sum(0)
+        if self.value is not None:
+            now = torch.maximum(self.value, now) if self.measure == "peak" else self.value + now
+        self.value, self.rows = now, self.rows + len(rows)
+
+    def add_tokens(self, rows: torch.Tensor) -> None:
+        """Activations (n, C). In root mean squares all tokens count alike, however long: each is rounded on a grid of its own."""
+        wide = rows.float()
+        self.add(wide if self.measure == "peak" else wide / wide.norm(dim=1, keepdim=True).clamp(min=1e-30))
+
+    def result(self) -> torch.Tensor:
+        assert self.value is not None
+        return self.value if self.measure == "peak" else (self.value / self.rows).sqrt()

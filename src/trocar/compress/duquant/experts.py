@@ -19,7 +19,7 @@ from torch import nn
 from trocar.anatomy import Tower
 from trocar.anatomy.experts import BESIDE
 from trocar.compress.duquant import streams
-from trocar.compress.duquant.chains import build_chain, of_one_length, sizes_of, smoothing_scale
+from trocar.compress.duquant.chains import Sizes, build_chain, sizes_of, smoothing_scale
 from trocar.compress.duquant.config import DuQuantConfig
 from trocar.compress.duquant.groups import Group, Staged, chain_of, fold, is_float, multiply, quantisers
 from trocar.compress.duquant.moments import CLIP_ROWS, activation_clip, rounded, row_weights
@@ -176,26 +176,8 @@ def hidden_sizes(experts: QuantisedExperts, sent: Sequence[Route], measure: str)
             if not visit.hidden.isfinite().all():
                 raise DataError(f"The input of the down map of expert {visit.expert} is not finite.", "Calibrate in bfloat16 or float32.")
             if visit.expert in sizes:
-                sizes[visit.expert].add(of_one_length(visit.hidden.float()) if measure == "rms" else visit.hidden.float())
+                sizes[visit.expert].add_tokens(visit.hidden)
     return {expert: size.result() for expert, size in sizes.items()}
-
-
-class Sizes:
-    """`sizes_of` over the rows of several parts, without putting them together."""
-
-    def __init__(self, measure: str) -> None:
-        self.measure, self.rows = measure, 0
-        self.value: torch.Tensor | None = None
-
-    def add(self, rows: torch.Tensor) -> None:
-        now = rows.abs().amax(0) if self.measure == "peak" else rows.square().sum(0)
-        if self.value is not None:
-            now = torch.maximum(self.value, now) if self.measure == "peak" else self.value + now
-        self.value, self.rows = now, self.rows + len(rows)
-
-    def result(self) -> torch.Tensor:
-        assert self.value is not None
-        return self.value if self.measure == "peak" else (self.value / self.rows).sqrt()
 
 
 def quantise_experts(staged: Staged, found: Sequence[Group], current: Sequence[Batch], config: DuQuantConfig, seed: int) -> list[int]:
