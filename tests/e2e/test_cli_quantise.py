@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from outputs import error
 
 from trocar.anatomy import tiny_model
 from trocar.cli import complete, main
@@ -51,10 +52,6 @@ def command(place: Path, target: Path, *words: str, model: str = "model", text: 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(IDS).logits.float()
-
-
-def error(now: torch.Tensor, was: torch.Tensor) -> float:
-    return float((now - was).norm() / was.norm())
 
 
 @pytest.fixture(scope="module")

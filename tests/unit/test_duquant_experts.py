@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from outputs import error, out
 
 from trocar.anatomy import TINY_EXPERTS, Anatomy, fingerprint, tiny_inputs, tiny_model
 from trocar.compress.duquant import (
@@ -39,15 +40,6 @@ def tiny(name: str, **settings: Any) -> Any:
 
 def inputs_of(model: Any, rows: int = 16, length: int = 24) -> dict[str, torch.Tensor]:
     return tiny_inputs(Anatomy.of(model, experts=True), rows=rows, length=length)
-
-
-def out(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def error(now: torch.Tensor, was: torch.Tensor) -> float:
-    return float(((now.double() - was.double()).norm() / was.double().norm()).detach())
 
 
 def lonely(top: int = 1) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from outputs import out
 from transformers import AutoModelForCausalLM
 
 from trocar.anatomy import TINY_EXPERTS, Anatomy, fingerprint, tiny_inputs, tiny_model
@@ -38,29 +39,24 @@ def inputs_of(model: Any, rows: int = 6, length: int = 24) -> dict[str, torch.Te
     return tiny_inputs(Anatomy.of(model, experts=True), rows=rows, length=length)
 
 
-def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 @pytest.mark.parametrize(("name", "kind"), [*((name, "W4A4") for name in TINY_EXPERTS), *(("mixtral", kind) for kind in SETTINGS)])
 def test_a_patch_gives_the_same_logits_bit_for_bit_and_is_taken_back(name: str, kind: str, tmp_path: Path) -> None:
     model = tiny(name)
     inputs, base = inputs_of(model), fingerprint(model)
-    before = logits(model, inputs)
+    before = out(model, inputs)
     done = quantise(model, inputs, SETTINGS[kind])
-    after = logits(model, inputs)
+    after = out(model, inputs)
     patch = done.patch(bits=kind)
     assert fingerprint(model) == base
     patch.save(tmp_path / "p.safetensors")
     loaded = Patch.load(tmp_path / "p.safetensors")
     assert loaded == patch
     applied = loaded.apply(model)
-    assert torch.equal(logits(model, inputs), after)
+    assert torch.equal(out(model, inputs), after)
     assert all(effect.changed > 0 for effect in applied.effects)
     applied.revert()
     assert fingerprint(model) == base
-    assert torch.equal(logits(model, inputs), before)
+    assert torch.equal(out(model, inputs), before)
     rows = [row for row in read_header(tmp_path / "p.safetensors").rows() if row["op"] == "quantise-experts"]
     assert len(rows) == (2 if name != "qwen3_moe" else 1)
     assert rows[0]["shape"].startswith(kind.split()[0])
@@ -110,14 +106,14 @@ def test_a_plain_checkpoint_holds_the_rounded_experts_in_float(name: str, tmp_pa
     model = tiny(name)
     inputs = inputs_of(model)
     done = quantise(model, inputs, DuQuantConfig(activations=Activations(bits=16), chain=SMALL))
-    after = logits(model, inputs)
+    after = out(model, inputs)
     patch = done.patch()
     model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
     export(patch, model, tmp_path / "memory")
     export(patch, tmp_path / "base", tmp_path / "folder")
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("memory", "folder"))
     assert fingerprint(one) == fingerprint(other)
-    torch.testing.assert_close(logits(one, inputs), after, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out(one, inputs), after, rtol=1e-3, atol=1e-4)
     with pytest.raises(ExportError, match="no low-rank update"):
         export(patch, model, tmp_path / "adapter", to="peft")
 
@@ -172,7 +168,7 @@ def test_a_checkpoint_shard_by_shard_gives_what_memory_gives(name: str, tmp_path
     done = quantise(model, inputs, SETTINGS["W4A4"], seed=3)
     assert errors == done.errors
     loaded = load_quantised(tmp_path / "small")
-    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert torch.equal(out(loaded, inputs), out(model, inputs))
     told = look(tmp_path / "small")
     assert told.names["model.layers.1.mlp.experts"] == "L1.mlp.experts"
     done.revert()
@@ -188,9 +184,9 @@ def test_a_loaded_mixture_as_a_plain_checkpoint(tmp_path: Path) -> None:
     settings = DuQuantConfig(activations=Activations(bits=16), chain=SMALL)
     quantise_checkpoint(tmp_path / "base", tmp_path / "small", inputs, settings)
     loaded = load_quantised(tmp_path / "small")
-    before = logits(loaded, inputs)
+    before = out(loaded, inputs)
     export_float(loaded, tmp_path / "float")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), inputs), before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), inputs), before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_checkpoint_tells_of_rare_experts_and_damage_is_found(tmp_path: Path) -> None:

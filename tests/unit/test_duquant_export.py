@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from outputs import error, out
 from safetensors.torch import load_file
 
 from trocar.anatomy import tiny_inputs, tiny_model
@@ -18,19 +19,10 @@ from trocar.core.errors import ExportError
 pytest.importorskip("compressed_tensors")
 
 
-def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def error(now: torch.Tensor, was: torch.Tensor) -> float:
-    return float((now.double() - was.double()).norm() / was.double().norm())
-
-
 def made(name: str, kind: str, bits: str, **changes: Any) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
     model = tiny_model(name)
     inputs = tiny_inputs(model, rows=4)
-    before = logits(model, inputs)
+    before = out(model, inputs)
     quantise(model, inputs, preset(kind, bits, **changes))
     return model, inputs, before
 
@@ -46,10 +38,10 @@ def made(name: str, kind: str, bits: str, **changes: Any) -> tuple[Any, dict[str
 )
 def test_folded_folders_load_in_transformers(name: str, bits: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model, inputs, before = made(name, "folded", bits, **changes)
-    ours = logits(model, inputs)
+    ours = out(model, inputs)
     export_compressed(model, tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    theirs = logits(loaded, inputs)
+    theirs = out(loaded, inputs)
     if bits.endswith("A16"):
         assert error(theirs, ours) < 1e-5
     assert error(theirs, before) < 1.3 * error(ours, before)  # activations have another grid there, of the same fineness
@@ -62,7 +54,7 @@ def test_rotations_go_into_the_transform_configuration_and_permutations_into_row
     from compressed_tensors.transform import TransformConfig, apply_transform_config
 
     model, inputs, before = made(name, "export", "W4A16", block_size=8)
-    ours = logits(model, inputs)
+    ours = out(model, inputs)
     with pytest.raises(ExportError, match="has a rotation in front of it"):
         export_compressed(model, tmp_path / "refused")
     settings = export_compressed(model, tmp_path / "out", transforms=True)
@@ -76,7 +68,7 @@ def test_rotations_go_into_the_transform_configuration_and_permutations_into_row
     assert not unexpected
     assert all("lm_head" in key for key in missing)
     ModelCompressor(quantization_config=quantisation).decompress_model(model=other)
-    theirs = logits(other.eval(), inputs)
+    theirs = out(other.eval(), inputs)
     assert error(theirs, ours) < 1e-4
     assert error(ours, before) > 0.02
 

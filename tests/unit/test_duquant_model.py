@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from outputs import error, out
 
 from trocar.anatomy import TINY, Anatomy, tiny_inputs, tiny_model
 from trocar.anatomy.tiny import tower_inputs
@@ -16,16 +17,6 @@ from trocar.patch.quantised import Quantiser, quantised
 
 SMALL = Chain(block_size=8, search_steps=4)
 FLOAT = DuQuantConfig(weights=Weights(bits=16), activations=Activations(bits=16), chain=SMALL)
-
-
-def out(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        found = model(**inputs)
-    return found.logits if hasattr(found, "logits") else found.last_hidden_state
-
-
-def error(now: torch.Tensor, was: torch.Tensor) -> float:
-    return float((now.double() - was.double()).norm() / was.double().norm())
 
 
 def towers() -> list[tuple[str, str]]:

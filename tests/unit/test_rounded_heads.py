@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from outputs import error, out
 
 from trocar.anatomy import TINY, Anatomy, tiny_inputs, tiny_model
 from trocar.anatomy.tiny import tower_inputs
@@ -16,16 +16,6 @@ from trocar.patch import Patch, RoundHeads, merge_into
 from trocar.patch.quantised import RoundedHeads, hadamard, largest_hadamard, quantised
 
 SMALL = Chain(block_size=8, search_steps=4)
-
-
-def out(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        found = model(**inputs)
-    return found.logits if hasattr(found, "logits") else found.last_hidden_state
-
-
-def error(now: torch.Tensor, was: torch.Tensor) -> float:
-    return float((now.double() - was.double()).norm() / was.double().norm())
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name not in ("gemma3", "clip", "siglip")])
